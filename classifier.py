@@ -33,8 +33,9 @@ depthwise-separable convolution, [32] gated MLPs, [33] range test, [34] OneCycle
 For CIFAR-10, write CIFAR10 for CIFAR100 in load_cifar: class count and names come from the data.
 """
 import argparse, copy, math, os, shlex, signal, sys, time, zlib
-from collections import namedtuple
+from collections import Counter, namedtuple
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
 
@@ -108,20 +109,21 @@ def load_cifar(root):
     """
     cifar, root = torchvision.datasets.CIFAR100, Path(root)
     parts = cifar.train_list + cifar.test_list + [[cifar.meta["filename"], cifar.meta["md5"]]]
-    files = {root / cifar.base_folder / name: md5 for name, md5 in parts}
-    for path, md5 in [*files.items(), (root / cifar.filename, cifar.tgz_md5)]:
+    files = [(root / cifar.base_folder / name, md5) for name, md5 in parts]
+    for path, md5 in files + [(root / cifar.filename, cifar.tgz_md5)]:
         if path.exists() and not torchvision.datasets.utils.check_integrity(path, md5):
-            sys.exit(f"error: {path} ({path.stat().st_size:,} bytes) is damaged, its md5 is not {md5}"
-                     ": delete it and start again, or name another folder with --data")
+            sys.exit(f"error: {path} is damaged ({path.stat().st_size:,} bytes, md5 is not {md5}): "
+                     "delete it and start again, or name another folder with --data")
+    missing = not all(path.exists() for path, _ in files)
     try:
-        train = cifar(root, train=True, download=not all(path.exists() for path in files))
-        test = cifar(root, train=False)
+        parts = cifar(root, train=True, download=missing), cifar(root, train=False)
     except Exception as error:     # no net, host down, disk full: whatever it was, say what helps
-        sys.exit(f"error: CIFAR-100 can't be downloaded ({error}).\n  Get {cifar.url} by hand "
-                 f"(169,001,437 bytes, md5 {cifar.tgz_md5})\n  and put it into {root.resolve()}, "
-                 "or see the script work without it: --data shapes")
-    x = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in (train, test)]
-    return x[0], torch.tensor(train.targets), x[1], torch.tensor(test.targets), train.classes
+        sys.exit(f"error: CIFAR-100 can't be downloaded ({error}).\n  Get {cifar.url} (169,001,437 "
+                 f"bytes, md5 {cifar.tgz_md5})\n  by hand and put it into {root.resolve()}, or see "
+                 "the script work without it: --data shapes")
+    x, test_x = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts)
+    y, test_y = (torch.tensor(part.targets) for part in parts)
+    return x, y, test_x, test_y, parts[0].classes
 
 
 def draw_shapes(count, seed):
@@ -154,9 +156,9 @@ def draw_shapes(count, seed):
         of = y // len(colours) == i
         cover[of, 0] = (0.5 - f(u[of], v[of]) * size[of]).clamp(0, 1)
     paint = torch.tensor([ImageColor.getrgb(name) for name in colours])[y % len(colours)]
-    paint = (paint + uniform(-12, 12, count, 3))[:, :, None, None]
+    paint = (paint + uniform(-12, 12, count, 3))[:, :, None, None].expand(-1, -1, 32, 32)
     x = uniform(20, 90, count, 1, 1, 1) + 8 * torch.randn(count, 3, 32, 32, generator=draw)
-    x = x.lerp_(paint.expand_as(x), cover.expand_as(x)).round_().clamp_(0, 255).byte()
+    x = x.lerp_(paint, cover.expand_as(x)).round_().clamp_(0, 255).byte()
     return x, y, [f"{colour} {shape}" for shape in shapes for colour in colours]
 
 
@@ -167,41 +169,42 @@ def load_data(source, holdout=0, device="cpu"):
     instead of the test set. Raises SystemExit if that many don't divide evenly among the classes.
     """
     if source == "shapes":
-        train_x, train_y, *test, names = *draw_shapes(20_000, seed=1)[:2], *draw_shapes(2_000, seed=2)
+        x, y, *test, names = *draw_shapes(20_000, seed=1)[:2], *draw_shapes(2_000, seed=2)
     else:
-        train_x, train_y, *test, names = load_cifar(source)
-    checksum, val, share = zlib.crc32(train_x.numpy()), test, holdout // len(names)
+        x, y, *test, names = load_cifar(source)
+    checksum, val, share = zlib.crc32(x.numpy()), test, holdout // len(names)
     if holdout % len(names):
         sys.exit(f"error: --holdout {holdout} is not a multiple of the {len(names)} classes")
     if holdout:
         # A random order, sorted by class without losing it: each class's first few are held out.
-        mixed = torch.randperm(len(train_y), generator=torch.Generator().manual_seed(0))
-        classes = mixed[train_y[mixed].argsort(stable=True)].split(train_y.bincount().tolist())
-        held, kept = torch.cat([c[:share] for c in classes]), torch.cat([c[share:] for c in classes])
-        val, train_x, train_y = (train_x[held], train_y[held]), train_x[kept], train_y[kept]
-    return Data(*(part.to(device) for part in (train_x, train_y, *val, *test)), names, checksum)
+        mixed = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
+        classes = mixed[y[mixed].argsort(stable=True)].split(y.bincount().tolist())
+        held = torch.cat([members[:share] for members in classes])
+        kept = torch.cat([members[share:] for members in classes])
+        val, x, y = (x[held], y[held]), x[kept], y[kept]
+    return Data(*(part.to(device) for part in (x, y, *val, *test)), names, checksum)
 
 
 def augment(x, operations=1, magnitude=2, group=16, pad=4):
     """RandAugment [5], random crop and flip [1.2.2]: uint8 (B,3,H,W) -> uint8 (B,3,H,W).
 
-    Draws from torch's global generators, so the seed decides. RandAugment chooses its operations
-    on the host; picture by picture that costs more than a training step. So `group` neighbours
-    share a draw: 64 draws for 1,024 pictures. Batches are in random order, hence the groups are
-    new each time: a gradient sees less variety at once, but training as a whole the same.
+    Draws from torch's CPU generator alone, so a seed means the same on every device. RandAugment
+    chooses its operations on the host; picture by picture that costs more than a training step. So
+    `group` neighbours share a draw: 64 draws for 1,024 pictures. Batches are in random order, hence
+    groups are new each time: one gradient sees less variety, training as a whole the same.
     """
     if operations:
         transform = v2.RandAugment(operations, magnitude)
         x = torch.cat([transform(some) for some in x.split(group)])
     # Pad with black, then cut a window at a random place, which for all pictures at once is one
     # gather on pixel numbers. A flip (half the pictures) reads the window's columns backwards.
-    count, channels, height, width = x.shape
-    corner = torch.randint(2 * pad + 1, (2, count, 1), device=x.device)
-    rows, columns = (at + torch.arange(n, device=x.device) for at, n in zip(corner, (height, width)))
-    columns = torch.where(torch.rand(count, 1, device=x.device) < 0.5, columns.flip(1), columns)
-    pixel = (rows[:, :, None] * (width + 2 * pad) + columns[:, None]).flatten(1)         # (B,H*W)
+    height, width = x.shape[2:]
+    top, left = torch.randint(2 * pad + 1, (2, len(x), 1))
+    columns = torch.arange(width).where(torch.rand(len(x), 1) < 0.5, torch.arange(width).flip(0))
+    rows = (top + torch.arange(height)) * (width + 2 * pad)                              # (B,H)
+    pixel = (rows[:, :, None] + (left + columns)[:, None]).flatten(1).to(x.device)       # (B,H*W)
     padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)                # (B,3,(H+2pad)*(W+2pad))
-    return padded.gather(2, pixel[:, None].expand(-1, channels, -1)).view_as(x)
+    return padded.gather(2, pixel[:, None].expand(-1, x.shape[1], -1)).view_as(x)
 
 
 def channel_statistics(x):
@@ -303,8 +306,7 @@ def fourier_positions(side, width):
     Wavelengths go from 2 tokens, which tells neighbours apart, to 2 * side, which differs at every
     place (our choice).
     """
-    frequency = math.pi * side ** -torch.linspace(0, 1, width // 4)
-    angle = torch.arange(side)[:, None] * frequency                                # (side,D/4)
+    angle = torch.arange(side)[:, None] * math.pi * side ** -torch.linspace(0, 1, width // 4)
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)                            # (side,D/2)
     return torch.cat([wave.repeat_interleave(side, 0), wave.repeat(side, 1)], 1)   # row, column
 
@@ -325,15 +327,14 @@ class Classifier(nn.Module):
                  activation="silu", positions="fourier", downsample="max-pool"):
         super().__init__()
         assert width > 0 and width % 8 == 0, f"width {width} is not a multiple of 8"
-        act, strided = getattr(nn, dict(silu="SiLU", gelu="GELU", relu="ReLU")[activation]), \
-            downsample == "strided"
+        act = dict(silu=nn.SiLU, gelu=nn.GELU, relu=nn.ReLU)[activation]
+        strided = downsample == "strided"
         pool = nn.Identity() if strided else nn.MaxPool2d(2)
         # Max-pool "after the first two layers" [1.2.1]; four layers and their widths: our choice.
         self.stem = nn.Sequential(
             depthwise_separable(3, width // 2, 8, strided, act), pool,          # (B,D/2,16,16)
             depthwise_separable(width // 2, width, 1, strided, act), pool,      # (B,D,8,8)
-            depthwise_separable(width, width, activation=act),
-            depthwise_separable(width, width, activation=act))
+            *(depthwise_separable(width, width, activation=act) for _ in range(2)))
         if positions == "learned":
             self.positions = nn.Parameter(0.02 * torch.randn(64, width))
         else:                            # constants: no parameters, and not in the checkpoint
@@ -344,7 +345,7 @@ class Classifier(nn.Module):
         self.encoder = nn.ModuleList(EncoderLayer(width, block, act) for _ in range(own))
         self.norm = RMSNorm(width) if block == "llama" else nn.LayerNorm(width)
         # "A pair of linear transformations" [1.2.1], nothing between them, although they multiply
-        # out to one matrix: with an activation hold-out accuracy fell from 28.1 to 24.4 % (400
+        # out to one matrix: with SiLU between, hold-out accuracy fell from 28.1 to 24.4 % (400
         # steps of 256 pictures, seed 0). The width in the middle is our choice.
         self.head = nn.Sequential(nn.Linear(width, width), nn.Linear(width, classes))
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -360,20 +361,19 @@ class Classifier(nn.Module):
 
 def widest(**variant):
     """The largest width, a multiple of 8, at which Classifier(**variant) is within the budget."""
-    width = 0
     with torch.device("meta"):                          # shapes without memory or random numbers
-        try:
-            while width := width + 8:
+        for width in range(8, 1024, 8):
+            try:
                 Classifier(width=width, **variant)
-        except AssertionError:
-            return width - 8
+            except AssertionError:
+                return width - 8
 
 
 def parameter_table(net):
     """Parameters a stage and in total, as lines of text."""
-    counts = {}
-    for name, p in [*net.named_parameters()] + [("total", p) for p in net.parameters()]:
-        counts[name.split(".")[0]] = counts.get(name.split(".")[0], 0) + p.numel()
+    counts = Counter(total=sum(p.numel() for p in net.parameters()))
+    for name, p in net.named_parameters():
+        counts[name.split(".")[0]] += p.numel()
     return "\n".join(f"  {name:<10}{count:>8,}" for name, count in counts.items())
 
 
@@ -387,10 +387,9 @@ def make_optimiser(net, weight_decay):
     A norm's gain sets a scale; pulling it to 0 fights the norm (our choice). The learning rate
     comes from the schedule.
     """
-    matrices = [p for p in net.parameters() if p.ndim > 1]
-    vectors = [p for p in net.parameters() if p.ndim <= 1]
-    return torch.optim.AdamW([dict(params=matrices, weight_decay=weight_decay),
-                              dict(params=vectors, weight_decay=0.0)], fused=matrices[0].is_cuda)
+    matrices = dict(params=[p for p in net.parameters() if p.ndim > 1], weight_decay=weight_decay)
+    vectors = dict(params=[p for p in net.parameters() if p.ndim <= 1], weight_decay=0.0)
+    return torch.optim.AdamW([matrices, vectors])
 
 
 def training_step(net, optimiser, x, y, label_smoothing, clip, bf16):
@@ -399,6 +398,7 @@ def training_step(net, optimiser, x, y, label_smoothing, clip, bf16):
     With smoothing s the target is 1 - s + s/K for the true one of K classes and s/K for the rest.
     Nothing here waits for the device.
     """
+    net.train()
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         logits = net(x)
     loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
@@ -414,26 +414,25 @@ def training_step(net, optimiser, x, y, label_smoothing, clip, bf16):
 # ----------------------------------------------------------------------------------------------
 
 def evaluate(net, x, y, prepare, bf16=False, label_smoothing=0.0):
-    """Exact loss (nats), accuracy and top5 (0 to 1) of `net` on all N pictures, as a dict, and
-    `spread`: the standard deviation of accuracy over the batches.
+    """Exact loss (nats), accuracy and top5 (0 to 1) of `net` over all N pictures, as a dict; and
+    `spread`, the standard deviation of accuracy over equal batches of `batch` pictures.
 
-    x uint8 (N,3,32,32), y (N,); `prepare` turns a batch of x into the network's input. The batches
-    are equally large (`batch`, at most 1,024), so their mean is the figure over all N (`count`).
-    Leaves `net` in the mode it was in.
+    x uint8 (N,3,32,32), y (N,); `prepare` turns some of x into the network's input. The batches
+    are as large as divides N, up to 1,024 as in the paper. Leaves `net` in evaluation mode.
     """
-    training, rows = net.training, []
     net.eval()
-    batch = next(size for size in range(min(1024, len(y)), 0, -1) if len(y) % size == 0)
-    for some, target in zip(x.split(batch), y.split(batch)):
+    parts = []
+    for some, target in zip(x.split(250), y.split(250)):           # small: less memory, and faster
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             logits = net(prepare(some)).float()
-        hit = (logits.topk(5).indices == target[:, None]).float()                     # (batch,5)
-        loss = F.cross_entropy(logits, target, label_smoothing=label_smoothing)
-        rows.append(torch.stack([loss, hit[:, 0].mean(), hit.sum(1).mean()]))
-    net.train(training)
-    rows = torch.stack(rows).cpu().double()            # double only on the CPU: MPS has none
-    return dict(zip(("loss", "accuracy", "top5", "spread", "batch", "count"), (
-        *rows.mean(0).tolist(), rows[:, 1].std(correction=0).item(), batch, len(y))))
+        loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+        better = (logits > logits.gather(1, target[:, None])).sum(1)    # classes ahead of the truth
+        parts.append(torch.stack([loss, (better < 1).float(), (better < 5).float()]))
+    parts = torch.cat(parts, dim=1).cpu().double()                      # (3,N); MPS has no double
+    batch = next(size for size in range(min(1024, len(y)), 0, -1) if len(y) % size == 0)
+    spread = parts[1].view(-1, batch).mean(1).std(correction=0).item()
+    return dict(zip(("loss", "accuracy", "top5"), parts.mean(1).tolist()),
+                spread=spread, batch=batch, count=len(y))
 
 
 def report(net, run, settings, with_test=False):
@@ -444,20 +443,21 @@ def report(net, run, settings, with_test=False):
     higher: the two are of different criteria. Here both are plain cross-entropy on pictures left
     as they are; the criterion that training minimises stands beside them under its own name.
     """
-    data, smoothing, of = run.data, settings.label_smoothing, "held-out" if settings.holdout else "test"
-    fit = evaluate(net, data.train_x, data.train_y, run.prepare, run.bf16)
-    val = evaluate(net, data.val_x, data.val_y, run.prepare, run.bf16)
+    data, measure = run.data, partial(evaluate, net, prepare=run.prepare, bf16=run.bf16)
+    fit, val = measure(data.train_x, data.train_y), measure(data.val_x, data.val_y)
     with torch.random.fork_rng():                    # the same augmentation whenever this is asked
         torch.manual_seed(settings.seed)
-        hard = evaluate(net, data.train_x, data.train_y, run.noisy, run.bf16, smoothing)
+        hard = measure(data.train_x, data.train_y, prepare=run.noisy,
+                       label_smoothing=settings.label_smoothing)
     draw_predictions(run.out / "predictions.png", net, data, run.prepare)
-    text = ("train loss: {0[loss]:.3f}, val loss: {1[loss]:.3f}, train acc: {0[accuracy]:.3f}±"
-            "{0[spread]:.3f}, val acc: {1[accuracy]:.3f}±{1[spread]:.3f}\n  val: {1[accuracy]:.2%} of "
-            "{1[count]:,} {2} pictures; top-5: train {0[top5]:.2%}, val {1[top5]:.2%}\n  ±: over equal "
-            "batches of {0[batch]:,} (train) and {1[batch]:,} (val) pictures, not over seeds\n  losses: "
-            "plain cross-entropy; as trained (smoothed, augmented) {3[loss]:.3f}").format(fit, val, of, hard)
+    text = ("train loss: {0[loss]:.3f}, val loss: {1[loss]:.3f}, train acc: {0[accuracy]:.3f}"
+            "±{0[spread]:.3f}, val acc: {1[accuracy]:.3f}±{1[spread]:.3f}\n  val: {1[accuracy]:.2%}"
+            " of {1[count]:,} {2} pictures; top-5: {1[top5]:.2%} (train {0[top5]:.2%})\n  ±: over "
+            "equal batches of {0[batch]:,} (train) and {1[batch]:,} (val), not over seeds\n  losses:"
+            " plain cross-entropy; as trained, smoothed and augmented: {3[loss]:.3f}")
+    text = text.format(fit, val, "held-out" if settings.holdout else "test", hard)
     if with_test and settings.holdout:
-        test = evaluate(net, data.test_x, data.test_y, run.prepare, run.bf16)
+        test = measure(data.test_x, data.test_y)
         text += f"\n  test: {test['accuracy']:.2%} of {test['count']:,}, loss {test['loss']:.3f}"
     return text
 
@@ -466,29 +466,22 @@ def report(net, run, settings, with_test=False):
 # 7. Pictures
 # ----------------------------------------------------------------------------------------------
 
-def plot(path, curves, title, x_label, y_label):
-    """Draw `curves`, name -> list of (x, y), with axes and legend into a PNG."""
-    def ticks(values, fewest=4):                   # round numbers: 1, 2 or 5 times a power of ten
-        low, high = min(values), max(values) + 1e-6 * abs(max(values)) + 1e-9
-        power = 10.0 ** math.floor(math.log10((high - low) / fewest))
-        unit = max(power * m for m in (1, 2, 5) if (high - low) / (power * m) >= fewest)
-        return [unit * i for i in range(math.floor(low / unit), math.ceil(high / unit) + 1)]
-
-    xs, ys = (ticks(values) for values in zip(*(xy for points in curves.values() for xy in points)))
-    at = lambda x, y: (130 + 1270 * (x - xs[0]) / (xs[-1] - xs[0]),      # to pixels, twice the final
-                       780 - 690 * (y - ys[0]) / (ys[-1] - ys[0]))       # size: scaling smooths
+def plot(path, curves, title, x_axis, y_axis):
+    """Draw `curves`, name -> list of (x, y), into a PNG. An axis is (label, lowest, highest)."""
+    (x_label, x0, x1), (y_label, y0, y1) = x_axis, y_axis
+    at = lambda x, y: (130 + 1270 * (x - x0) / (x1 - x0), 780 - 690 * (y - y0) / (y1 - y0))
+    # Drawn at twice the final size: scaling down smooths the lines.
     image, font = Image.new("RGB", (1440, 900), "white"), ImageFont.load_default(26)
     pen = ImageDraw.Draw(image)
-    grid = [(at(x, ys[0]), at(x, ys[-1]), f"{x:,g}", (0, 30)) for x in xs] + \
-           [(at(xs[0], y), at(xs[-1], y), f"{y:.4g}", (-55, 0)) for y in ys]
-    for start, end, text, (right, down) in grid:
-        pen.line([start, end], "#e2e2e2", 2)
-        pen.text((start[0] + right, start[1] + down), text, "#333", font, "mm")
+    for x, y in [(x0 + (x1 - x0) * i / 5, y0 + (y1 - y0) * i / 5) for i in range(6)]:
+        pen.line([at(x, y0), at(x, y1)], "#d8d8d8", 2)
+        pen.line([at(x0, y), at(x1, y)], "#d8d8d8", 2)
+        pen.text((at(x, y)[0], 810), f"{x:,g}", "#333", font, "mm")
+        pen.text((115, at(x, y)[1]), f"{y:.4g}", "#333", font, "rm")
     for (name, points), colour, height in zip(curves.items(), ("#d1495b", "#00798c"), (690, 735)):
         pen.line([at(x, y) for x, y in points], colour, 5, "curve")
         pen.line([1060, height, 1120, height], colour, 6)
         pen.text((1135, height), name, "#333", font, "lm")
-    pen.rectangle([130, 90, 1400, 780], outline="#333", width=2)
     for place, text in ((765, 45), title), ((765, 865), x_label), ((90, 45), y_label):
         pen.text(place, text, "#111", font, "mm")
     image.resize((720, 450), Image.LANCZOS).save(path)
@@ -503,7 +496,7 @@ def draw_predictions(path, net, data, prepare, rows=5, columns=8):
     image, font = Image.new("RGB", (columns * 140, rows * 160), "white"), ImageFont.load_default(13)
     pen, pixels = ImageDraw.Draw(image), data.val_x[chosen].permute(0, 2, 3, 1).cpu().numpy()
     for i, (truth, guess) in enumerate(zip(data.val_y[chosen].tolist(), guesses)):
-        x, y, colour = i % columns * 140, i // columns * 160, "#1a7f37" if guess == truth else "#c62828"
+        x, y, colour = i % columns * 140, i // columns * 160, ("#c62828", "#1a7f37")[guess == truth]
         image.paste(Image.fromarray(pixels[i]).resize((112, 112), Image.NEAREST), (x + 14, y + 8))
         pen.text((x + 70, y + 130), data.names[truth], "#333", font, "mm")
         pen.text((x + 70, y + 146), data.names[guess], colour, font, "mm")
@@ -514,38 +507,20 @@ def draw_predictions(path, net, data, prepare, rows=5, columns=8):
 # 8. Checkpoints
 # ----------------------------------------------------------------------------------------------
 
-def random_states(restore=None):
-    """States of the generators that training draws from, by device, as CPU tensors; first puts
-    back those in `restore` that this machine has."""
-    has = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    sources = {name: getattr(torch, name) if name != "cpu" else torch for name in has if has[name]}
-    for name in sources.keys() & (restore or {}).keys():
-        sources[name].set_rng_state(restore[name])
-    return {name: source.get_rng_state() for name, source in sources.items()}
-
-
-def load_checkpoint(path):
-    """The dict that training saved, on the CPU. Raises SystemExit, one line, if it can't be had."""
+def load_checkpoint(path, made=None, net=None):
+    """The dict that training saved, on the CPU, its weights put into `net`. Raises SystemExit, one
+    line, if the file can't be read or was not made as `made` says (settings and data, see set_up).
+    """
     try:         # weights_only: a file from elsewhere may hold data, but no code that would run
         state = torch.load(path, map_location="cpu", weights_only=True)
-        assert state["script"] == "classifier"
+        for name in made or ():
+            was = state["made"][name]
+            assert was == made[name], f"it was made with {name} {was}, not {made[name]}"
+        net.load_state_dict(state["net"]) if net else None
         return state
     except Exception as error:
-        sys.exit(f"error: {path} can't be read as a checkpoint of classifier.py "
-                 f"({type(error).__name__}): train first, move it away, or choose another --out")
-
-
-def restore_network(net, state, made, path):
-    """Put a checkpoint's weights into `net`. Raises SystemExit, one line, if what made it differs
-    from `made`, or if it is of another architecture."""
-    for name, value in made.items():
-        if state["made"].get(name) != value:
-            sys.exit(f"error: {path} was made with {name} {state['made'].get(name)}, not {value}: "
-                     "give the same to go on, or choose another --out")
-    try:
-        net.load_state_dict(state["net"])
-    except RuntimeError:
-        sys.exit(f"error: {path} is of another architecture: choose another --out")
+        sys.exit(f"error: can't go on from {path} ({type(error).__name__}: {str(error)[:70].strip()})"
+                 ": give the settings that it was made with, or choose another --out")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -570,16 +545,17 @@ def set_up(settings):
         sys.exit(f"error: --out {out} can't be written ({error.strerror}): choose another folder")
     data = load_data(settings.data, settings.holdout, kind)
     if settings.batch_size > len(data.train_y):
-        sys.exit(f"error: --batch-size {settings.batch_size} exceeds {len(data.train_y):,} pictures")
+        sys.exit(f"error: --batch-size {settings.batch_size} is above {len(data.train_y)} pictures")
     # bf16 has fp32's range, so unlike fp16 it needs no loss scaling; emulated, it is only slow.
     bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     print(f"torch {torch.__version__} on {kind}, {'bf16' if bf16 else 'fp32'}; {len(data.names)} "
           f"classes, {len(data.train_y):,} pictures to train, {len(data.val_y):,} to validate")
     mean, std = channel_statistics(data.train_x)
-    prepare = lambda x: normalise(x, mean, std)
+    prepare = partial(normalise, mean=mean, std=std)
     noisy = lambda x: prepare(augment(x, settings.randaugment_ops, settings.randaugment_magnitude))
     made = {name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE}
-    return Run(torch.device(kind), bf16, out, data, prepare, noisy, {**made, "data": data.checksum})
+    made.update(script="classifier.py", data=data.checksum)
+    return Run(torch.device(kind), bf16, out, data, prepare, noisy, made)
 
 
 def make_network(settings, run):
@@ -606,49 +582,45 @@ def make_network(settings, run):
     return net
 
 
-def train(settings, command="python classifier.py"):
-    """Train [1.2.2], or go on with it, and evaluate; returns the result as text.
+def train(settings, command="python classifier.py", only_measure=False):
+    """Train [1.2.2], or go on with it, then measure; returns the result as text. `only_measure`
+    takes the checkpoint as it is.
 
     Raises SystemExit: 128 + its number after a signal (all saved), or one line if the loss is no
     longer finite or the checkpoint in the folder is of another run.
     """
-    run = set_up(settings)
-    data, path, steps, batch = run.data, run.out / "checkpoint.pt", settings.steps, settings.batch_size
+    run, steps, batch = set_up(settings), settings.steps, settings.batch_size
+    data, path = run.data, run.out / "checkpoint.pt"
     torch.manual_seed(settings.seed)                     # of the generators of all devices
-    net = make_network(settings, run)
-    print(f"parameters:\n{parameter_table(net)}")
+    net, recipe = make_network(settings, run), (settings.label_smoothing, settings.clip, run.bf16)
     optimiser = make_optimiser(net, settings.weight_decay)
     # OneCycle [34]: up to the peak in 30 % of the steps, down to almost 0 in the rest, while
     # Adam's first beta goes the other way: torch's defaults, so our choice.
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.max_lr, total_steps=steps + 1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, settings.max_lr, steps + 1)
     # An epoch is one random order of the pictures. `average` is of the loss, over some 50 steps.
-    step, position, seconds, history, result = 0, 0, 0.0, [], ""
+    step, position, seconds, history = 0, 0, 0.0, []
     order, average = torch.randperm(len(data.train_y)), torch.zeros(())
-    if path.exists():
-        state = load_checkpoint(path)
-        restore_network(net, state, run.made, path)
-        for group in state["optimiser"]["param_groups"]:            # fused kernels are CUDA's
-            group["fused"] = run.device.type == "cuda"
+    if path.exists() or only_measure:
+        state = load_checkpoint(path, run.made, net)
         optimiser.load_state_dict(state["optimiser"])
         schedule.load_state_dict(state["schedule"])
-        step, position, seconds, history, result, order, average = state["progress"]
-        random_states(restore=state["random"])                      # last: the network drew some
-        print(f"going on from step {step:,} of {path}")
+        step, position, seconds, history, order, average = state["progress"]
+        torch.set_rng_state(state["random"])     # the one generator; last, as the network drew some
+    print(f"{path}: {step:,} of {steps:,} steps done; parameters:\n{parameter_table(net)}")
     order, average = order.to(run.device), average.to(run.device)
 
     # Ctrl-C and SIGTERM leave a note, and the loop ends after its step. A second one kills at once.
     received, numbers = [], (signal.SIGINT, signal.SIGTERM)
     take_note = lambda number, _: (received.append(number), signal.signal(number, signal.SIG_DFL))
     handlers = [signal.signal(number, take_note) for number in numbers]
-    net.train()
     clock, clock_step = time.perf_counter(), step
-    while step < steps and not received:
+    while step < steps and not received and not only_measure:
         if position + batch > len(order):            # a rest smaller than a batch is left out
             order, position = torch.randperm(len(order)).to(run.device), 0
         chosen = order[position:position + batch]
         x, y = run.noisy(data.train_x[chosen]), data.train_y[chosen]
         assert step < MAX_STEPS, "the step budget is spent"
-        loss = training_step(net, optimiser, x, y, settings.label_smoothing, settings.clip, run.bf16)
+        loss = training_step(net, optimiser, x, y, *recipe)
         schedule.step()
         step, position = step + 1, position + batch
         average = average.lerp(loss, max(0.02, 1 / step))
@@ -656,10 +628,9 @@ def train(settings, command="python classifier.py"):
         validate = step % settings.eval_every == 0 or step == steps
         if not (step % settings.log_every == 0 or validate or received):
             continue
-        weights = torch.stack([p.detach().sum() for p in net.parameters()]).sum()
-        if not torch.isfinite(average + weights):           # weights are newer than the loss
-            sys.exit(f"\nerror: the loss is not finite at step {step:,}: lower --max-lr (lr-find "
-                     "proposes one) or --clip; the last good checkpoint, if any, is kept")
+        if not torch.isfinite(average + sum(p.detach().sum() for p in net.parameters())):
+            sys.exit(f"\nerror: the loss is not finite at step {step:,}: lower --max-lr (see lr-find);"
+                     f" the last good checkpoint, if any, is still in {run.out}")
         took = time.perf_counter() - clock
         seconds, speed = seconds + took, (step - clock_step) * batch / took
         left = time.strftime("%H:%M:%S", time.gmtime((steps - step) * batch / speed))
@@ -667,35 +638,36 @@ def train(settings, command="python classifier.py"):
         line = (f"step {step:6,}/{steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
                 f"{speed:7,.0f} images/s  left {left}")
         if validate:               # for Figure 2, on as many training pictures as validation ones
-            some = slice(len(data.val_y))
-            fit = evaluate(net, data.train_x[some], data.train_y[some], run.prepare, run.bf16)
-            val = evaluate(net, data.val_x, data.val_y, run.prepare, run.bf16)
+            n, how = len(data.val_y), (run.prepare, run.bf16)
+            fit = evaluate(net, data.train_x[:n], data.train_y[:n], *how)
+            val = evaluate(net, data.val_x, data.val_y, *how)
             row.update(train_acc=fit["accuracy"], val_acc=val["accuracy"], val_loss=val["loss"])
             line += f"  train acc {fit['accuracy']:.2%}  val acc {val['accuracy']:.2%}"
         print(line, end="\r" if sys.stdout.isatty() and not validate else "\n", flush=True)
         history.append(row)
-        write_log(run.out, history)
+        write_log(run.out, history, steps)
         if validate or received:
-            result = report(net, run, settings) if step == steps else ""
-            torch.save(dict(script="classifier", settings=asdict(settings), made=run.made,
-                            net=net.state_dict(), optimiser=optimiser.state_dict(),
-                            schedule=schedule.state_dict(), random=random_states(), progress=(
-                                step, position, seconds, history, result, order, average)),
+            progress = step, position, seconds, history, order, average
+            torch.save(dict(made=run.made, settings=asdict(settings), progress=progress,
+                            random=torch.get_rng_state(), net=net.state_dict(),
+                            optimiser=optimiser.state_dict(), schedule=schedule.state_dict()),
                        path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)     # `path` is always whole, old or new
         clock, clock_step = time.perf_counter(), step      # validation is not counted
-    for number, handler in zip(numbers, handlers):
-        signal.signal(number, handler)
-    if step < steps:
+    list(map(signal.signal, numbers, handlers))
+    if received and step < steps:
         print(f"\nstopped after step {step:,}, all saved in {path}. To go on:\n  {command}")
         sys.exit(128 + received[0])
     memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else math.nan
-    print(f"{steps * batch:,} pictures in {seconds:,.1f} s, {steps * batch / seconds:,.0f} images/s, "
-          f"peak memory on CUDA {memory:,.0f} MiB; see {run.out}\n{result}")
+    print(f"{step * batch:,} pictures in {seconds:,.1f} s, {step * batch / seconds:,.0f} images/s, "
+          f"peak memory on CUDA {memory:,.0f} MiB; measuring ...", flush=True)
+    result = report(net, run, settings, with_test=only_measure)
+    (run.out / "result.txt").write_text(f"{command}\n{result}\n", encoding="utf-8")
+    print(f"{result}\nall files are in {run.out}")
     return result
 
 
-def write_log(out, history):
+def write_log(out, history, steps):
     """log.csv and curve.png (the paper's Figure 2) from the rows so far, whole each time, so that
     a run set back to its checkpoint leaves no rows of the steps it lost."""
     names = "step loss lr images_per_s train_acc val_acc val_loss".split()
@@ -704,85 +676,71 @@ def write_log(out, history):
     curve = lambda key: [(row["step"], 100 * row[key]) for row in history if key in row]
     if curve("val_acc"):
         plot(out / "curve.png", dict(train=curve("train_acc"), validation=curve("val_acc")),
-             "Train and validation accuracy", "optimiser step", "accuracy (%)")
+             "Train and validation accuracy", ("step", 0, steps), ("accuracy (%)", 0, 100))
+
+
+def run_lr_find(settings, lowest=1e-5, highest=1.0, longest=200):
+    """Range test [33]: raise the rate exponentially over at most `longest` steps, watch the loss,
+    draw it, and propose a peak for OneCycle. Returns that rate. Touches no checkpoint."""
+    run, steps, curve, average = set_up(settings), min(settings.steps, longest), [], 0.0
+    torch.manual_seed(settings.seed)
+    net, recipe = make_network(settings, run), (settings.label_smoothing, settings.clip, run.bf16)
+    optimiser = make_optimiser(net, settings.weight_decay)
+    for step in range(steps):
+        rate = lowest * (highest / lowest) ** (step / steps)
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        chosen = torch.randint(len(run.data.train_y), (settings.batch_size,)).to(run.device)
+        x, y = run.noisy(run.data.train_x[chosen]), run.data.train_y[chosen]
+        loss = training_step(net, optimiser, x, y, *recipe)
+        average = 0.9 * average + 0.1 * loss.item()
+        curve.append((math.log10(rate), average / (1 - 0.9 ** (step + 1))))      # weighted mean
+        print(f"step {step + 1:4}/{steps}  lr {rate:.2e}  loss {curve[-1][1]:.4f}", flush=True)
+        if not curve[-1][1] < 1.2 * curve[0][1]:                   # diverged, or not a number
+            break
+    # OneCycle stays near its peak for long, so keep clear of the rate at which the loss turns up:
+    # a third of it (our choice).
+    (turn, least), top = min(curve, key=lambda point: point[1]), math.ceil(curve[0][1])
+    curves = {"training loss": [point for point in curve if point[1] < top],
+              f"proposed: {10 ** turn / 3:.1e}": [(turn - math.log10(3), y) for y in (0, top)]}
+    plot(run.out / "lr_find.png", curves, "Learning-rate range test",
+         ("log10 of the learning rate", -5, 0), ("loss", 0, top))
+    print(f"proposed: --max-lr {10 ** turn / 3:.1e}, a third of {10 ** turn:.1e}, where the smoothed"
+          f" loss was lowest ({least:.3f}) before it turned up; see {run.out / 'lr_find.png'}")
+    return 10 ** turn / 3
 
 
 # ----------------------------------------------------------------------------------------------
 # 10. Command line
 # ----------------------------------------------------------------------------------------------
 
-def run_eval(settings):
-    """Measure the checkpoint again, with a hold-out now the test set too. Returns the text."""
-    run, path = set_up(settings), Path(settings.out) / "checkpoint.pt"
-    net, state = make_network(settings, run), load_checkpoint(path)
-    restore_network(net, state, run.made, path)
-    result = report(net, run, settings, with_test=True)
-    print(f"after {state['progress'][0]:,} steps:\n{result}")
-    return result
-
-
-def run_lr_find(settings, lowest=1e-5, highest=1.0, longest=200):
-    """Range test [33]: raise the rate exponentially over at most `longest` steps, watch the loss,
-    draw it, and propose a peak for OneCycle. Returns that rate. Touches no checkpoint."""
-    run = set_up(settings)
-    torch.manual_seed(settings.seed)
-    net, data, steps = make_network(settings, run), run.data, min(settings.steps, longest)
-    optimiser, curve, average = make_optimiser(net, settings.weight_decay), [], 0.0
-    for step in range(steps):
-        rate = lowest * (highest / lowest) ** (step / steps)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        chosen = torch.randint(len(data.train_y), (settings.batch_size,)).to(run.device)
-        x, y = run.noisy(data.train_x[chosen]), data.train_y[chosen]
-        loss = training_step(net, optimiser, x, y, settings.label_smoothing, settings.clip, run.bf16)
-        average = 0.9 * average + 0.1 * loss.item()
-        smooth = average / (1 - 0.9 ** (step + 1))                 # divided by the weights' sum
-        if not smooth < 1.5 * min([y for _, y in curve], default=math.inf):
-            break                                                  # diverged, or not a number
-        curve.append((math.log10(rate), smooth))
-        print(f"step {step + 1:4}/{steps}  lr {rate:.2e}  loss {smooth:.4f}", flush=True)
-    # OneCycle stays near its peak for long, so keep clear of the rate at which the loss turns up:
-    # a third of it (our choice).
-    turn, least = min(curve, key=lambda point: point[1])
-    peak, proposal = 10 ** turn / 3, [(turn - math.log10(3), y) for y in (least, curve[0][1])]
-    plot(run.out / "lr_find.png", {"training loss": curve, f"proposed: {peak:.1e}": proposal},
-         "Learning-rate range test", "log10 of the learning rate", "loss")
-    print(f"proposed: --max-lr {peak:.1e}, a third of {10 ** turn:.1e}, where the smoothed loss was "
-          f"lowest ({least:.3f}) before it turned up; see {run.out / 'lr_find.png'}")
-    return peak
-
-
-def parse(argv):
-    """(mode, dict of the settings given). Raises SystemExit, one line, for what can't be meant."""
+def main(argv=None):
+    """What `python classifier.py ARGV` does; returns the result of the mode. Raises SystemExit, one
+    line, for a command that can't be meant."""
     parser = argparse.ArgumentParser("classifier.py", description=__doc__.split("\n\n")[0],
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: sys.exit(f"error: {message} (--help lists all flags)")
     parser.add_argument("mode", nargs="?", choices=["train", "eval", "lr-find"], default="train")
     hints = get_type_hints(Settings, include_extras=True)
     for name, hint in hints.items():
-        choices, flag = get_args(hint.__origin__) or None, "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=str if choices else hint.__origin__, choices=choices,
-                            help=f"{hint.__metadata__[0]}; default {getattr(Settings, name)!r}")
+        text, choices = f"{hint.__metadata__[0]}; default %r", get_args(hint.__origin__)
+        kind = dict(choices=choices) if choices else dict(type=hint.__origin__)
+        flag, text = "--" + name.replace("_", "-"), text % getattr(Settings, name)
+        parser.add_argument(flag, help=text, **kind)
     given = vars(parser.parse_args(argv))
-    for name in given.keys() & hints.keys():
-        low, high = hints[name].__metadata__[1:] or (given[name], given[name])
-        if not low <= given[name] <= high:                                # nan fails as well
-            parser.error(f"--{name.replace('_', '-')} {given[name]} is not within {low} to {high}")
-    return given.pop("mode"), given
-
-
-def main(argv=None):
-    """What `python classifier.py ARGV` does; returns the result of the mode."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    mode, given = parse(argv)
-    name = "shapes" if given.get("data") == "shapes" else "cifar100"
-    given["out"] = given.get("out") or f"runs/classifier-{name}"
+    mode, command = given.pop("mode"), "python classifier.py " + shlex.join(argv or sys.argv[1:])
+    for name, value in given.items():
+        low, high = hints[name].__metadata__[1:] or (value, value)
+        if not low <= value <= high:                                      # nan fails as well
+            parser.error(f"--{name.replace('_', '-')} {value} is not within {low} to {high}")
+    data_set = "shapes" if given.get("data") == "shapes" else "cifar100"
+    given["out"] = given.get("out") or f"runs/classifier-{data_set}"
     if mode == "eval":        # a checkpoint knows how it was made, but not on which machine we are
         made = load_checkpoint(Path(given["out"]) / "checkpoint.pt")["settings"]
-        return run_eval(Settings(**{**made, "device": "auto", **given}))
+        return train(Settings(**{**made, "device": "auto", **given}), command, only_measure=True)
     if mode == "lr-find":
         return run_lr_find(Settings(**given))
-    return train(Settings(**given), "python classifier.py " + shlex.join(argv))
+    return train(Settings(**given), command)
 
 
 if __name__ == "__main__":
