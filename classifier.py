@@ -9,7 +9,7 @@ Section 1 of the paper "Modern Methods, Classical Constraints", in one file to r
     python classifier.py lr-find             learning-rate range test (reference 33 of the paper)
 
 A run writes one folder, runs/classifier-<data set>: checkpoint.pt, log.csv, curve.png (the paper's
-Figure 2), predictions.png and result.txt. Start the same command again and it goes on where it
+Figure 2) and predictions.png. Start the same command again and it goes on where it
 stopped. Results, each with its command, device, seed and date, stand in README.md.
 
 The paper's Figure 1 with our widths (D = 80, 98,804 parameters):
@@ -32,17 +32,12 @@ depthwise-separable convolution, [32] gated MLPs, [33] range test, [34] OneCycle
 
 For CIFAR-10, write CIFAR10 for CIFAR100 in load_cifar: class count and names come from the data.
 """
-import argparse, copy, math, os, shlex, signal, sys, time, zlib
-from collections import Counter, namedtuple
-from dataclasses import asdict, dataclass
-from functools import partial
+import argparse, collections, copy, dataclasses, functools, math, os, shlex, signal, sys, time, zlib
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
 
-import torch, torchvision
-import torch.nn.functional as F
+import torch, torchvision, torch.nn as nn, torch.nn.functional as F
 from PIL import Image, ImageColor, ImageDraw, ImageFont
-from torch import nn
 from torchvision.transforms import v2
 
 MAX_PARAMETERS = 100_000   # [1.1] fewer than this, asserted where the network is built
@@ -52,12 +47,14 @@ MAX_STEPS = 10_000         # [1.1] gradient updates at most, asserted before eve
 # ----------------------------------------------------------------------------------------------
 # 1. Settings
 # ----------------------------------------------------------------------------------------------
-# A field is a command-line flag: its type, what --help says of it, smallest and largest value.
-# The defaults are the paper's design. Its optimal values are "in the provided implementation"
-# [1.2.2], which is not public, so all numbers but batch size, steps and layers are our choice.
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
+    """A field is a command-line flag: type, what --help says, smallest and largest value, default.
+
+    The defaults are the paper's design. Its optimal values are "in the provided implementation"
+    [1.2.2], which is not public, so all numbers but batch size, steps and layers are our choice.
+    """
     data: Annotated[str, "folder of CIFAR-100 (downloaded into it if missing), or: shapes"] = "data"
     out: Annotated[str, "folder to write to; empty: runs/classifier-<data set>"] = ""
     holdout: Annotated[int, "training pictures kept for validation; 0: test set", 0, 25_000] = 0
@@ -98,29 +95,25 @@ FREE_TO_CHANGE = ("data", "out", "device", "compile", "log_every", "eval_every")
 # `val` is the test set, or the hold-out if there is one; names are the class names; the checksum
 # is of the training part.
 
-Data = namedtuple("Data", "train_x train_y val_x val_y test_x test_y names checksum")
+Data = collections.namedtuple("Data", "train_x train_y val_x val_y test_x test_y names checksum")
 
 
 def load_cifar(root):
     """CIFAR-100 from the folder `root`: (train_x, train_y, test_x, test_y, names).
 
-    Downloads what is missing. Files that are there are verified and never overwritten. Raises
-    SystemExit with one message if they are damaged or can't be had.
+    Downloads it if there is none. What is there is verified by its md5 and never overwritten.
+    Raises SystemExit with one message if it is damaged or can't be had.
     """
     cifar, root = torchvision.datasets.CIFAR100, Path(root)
-    parts = cifar.train_list + cifar.test_list + [[cifar.meta["filename"], cifar.meta["md5"]]]
-    files = [(root / cifar.base_folder / name, md5) for name, md5 in parts]
-    for path, md5 in files + [(root / cifar.filename, cifar.tgz_md5)]:
-        if path.exists() and not torchvision.datasets.utils.check_integrity(path, md5):
-            sys.exit(f"error: {path} is damaged ({path.stat().st_size:,} bytes, md5 is not {md5}): "
-                     "delete it and start again, or name another folder with --data")
-    missing = not all(path.exists() for path, _ in files)
+    archive, sound = root / cifar.filename, torchvision.datasets.utils.check_integrity
     try:
-        parts = cifar(root, train=True, download=missing), cifar(root, train=False)
+        assert not archive.exists() or sound(archive, cifar.tgz_md5), f"{archive} is damaged"
+        fetch = not (root / cifar.base_folder).exists()      # from the archive, if that is there
+        parts = cifar(root, train=True, download=fetch), cifar(root, train=False)
     except Exception as error:     # no net, host down, disk full: whatever it was, say what helps
-        sys.exit(f"error: CIFAR-100 can't be downloaded ({error}).\n  Get {cifar.url} (169,001,437 "
-                 f"bytes, md5 {cifar.tgz_md5})\n  by hand and put it into {root.resolve()}, or see "
-                 "the script work without it: --data shapes")
+        sys.exit(f"error: no CIFAR-100 in {root.resolve()}: {error}\n  Delete what is damaged, "
+                 f"and get {cifar.url}\n  into it (169,001,437 bytes, md5 {cifar.tgz_md5}); "
+                 "or use no download at all: --data shapes")
     x, test_x = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts)
     y, test_y = (torch.tensor(part.targets) for part in parts)
     return x, y, test_x, test_y, parts[0].classes
@@ -155,10 +148,9 @@ def draw_shapes(count, seed):
     for i, f in enumerate(shapes.values()):
         of = y // len(colours) == i
         cover[of, 0] = (0.5 - f(u[of], v[of]) * size[of]).clamp(0, 1)
-    paint = torch.tensor([ImageColor.getrgb(name) for name in colours])[y % len(colours)]
-    paint = (paint + uniform(-12, 12, count, 3))[:, :, None, None].expand(-1, -1, 32, 32)
+    paint = torch.tensor([ImageColor.getrgb(name) for name in colours])[y % len(colours)].float()
     x = uniform(20, 90, count, 1, 1, 1) + 8 * torch.randn(count, 3, 32, 32, generator=draw)
-    x = x.lerp_(paint, cover.expand_as(x)).round_().clamp_(0, 255).byte()
+    x = x.lerp_(paint[:, :, None, None].expand_as(x), cover.expand_as(x)).clamp_(0, 255).byte()
     return x, y, [f"{colour} {shape}" for shape in shapes for colour in colours]
 
 
@@ -173,14 +165,12 @@ def load_data(source, holdout=0, device="cpu"):
     else:
         x, y, *test, names = load_cifar(source)
     checksum, val, share = zlib.crc32(x.numpy()), test, holdout // len(names)
-    if holdout % len(names):
-        sys.exit(f"error: --holdout {holdout} is not a multiple of the {len(names)} classes")
+    if holdout % len(names): sys.exit(f"error: --holdout {holdout}: not {len(names)} equal shares")
     if holdout:
         # A random order, sorted by class without losing it: each class's first few are held out.
         mixed = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
-        classes = mixed[y[mixed].argsort(stable=True)].split(y.bincount().tolist())
-        held = torch.cat([members[:share] for members in classes])
-        kept = torch.cat([members[share:] for members in classes])
+        groups = mixed[y[mixed].argsort(stable=True)].split(y.bincount().tolist())
+        held, kept = (torch.cat([g[s] for g in groups]) for s in (slice(share), slice(share, None)))
         val, x, y = (x[held], y[held]), x[kept], y[kept]
     return Data(*(part.to(device) for part in (x, y, *val, *test)), names, checksum)
 
@@ -194,8 +184,7 @@ def augment(x, operations=1, magnitude=2, group=16, pad=4):
     groups are new each time: one gradient sees less variety, training as a whole the same.
     """
     if operations:
-        transform = v2.RandAugment(operations, magnitude)
-        x = torch.cat([transform(some) for some in x.split(group)])
+        x = torch.cat([v2.RandAugment(operations, magnitude)(some) for some in x.split(group)])
     # Pad with black, then cut a window at a random place, which for all pictures at once is one
     # gather on pixel numbers. A flip (half the pictures) reads the window's columns backwards.
     height, width = x.shape[2:]
@@ -208,20 +197,19 @@ def augment(x, operations=1, magnitude=2, group=16, pad=4):
 
 
 def channel_statistics(x):
-    """Mean and standard deviation a channel, both (3,1,1), of uint8 pictures scaled to [0,1]."""
+    """dict(mean=, std=) a channel, both (3,1,1), of uint8 pictures scaled to [0,1]."""
     # A channel at a time: the whole training set as fp32 would take 600 MB.
-    each = torch.tensor([torch.std_mean(x[:, i].float() / 255) for i in range(x.shape[1])])
-    return each[:, 1, None, None].to(x.device), each[:, 0, None, None].to(x.device)
+    std, mean = zip(*(torch.std_mean(x[:, i].float() / 255) for i in range(x.shape[1])))
+    return dict(mean=torch.stack(mean)[:, None, None], std=torch.stack(std)[:, None, None])
 
 
 def normalise(x, mean, std):
     """The one border between storage and network: uint8 [0,255] -> fp32, mean 0 and variance 1.
 
     (B,3,H,W) in channels-last memory, the layout in which convolutions run fastest. Raises
-    TypeError if x is not uint8: then it is in [0,1], or has been normalised already.
+    AssertionError if x is not uint8: then it is in [0,1], or has been normalised already.
     """
-    if x.dtype != torch.uint8:
-        raise TypeError(f"normalise wants uint8 pictures in [0,255], not {x.dtype}")
+    assert x.dtype == torch.uint8, f"normalise wants uint8 pictures in [0,255], not {x.dtype}"
     return ((x.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -359,22 +347,12 @@ class Classifier(nn.Module):
         return self.head(self.norm(x).mean(dim=1))    # mean over tokens, our choice: (B,classes)
 
 
-def widest(**variant):
-    """The largest width, a multiple of 8, at which Classifier(**variant) is within the budget."""
-    with torch.device("meta"):                          # shapes without memory or random numbers
-        for width in range(8, 1024, 8):
-            try:
-                Classifier(width=width, **variant)
-            except AssertionError:
-                return width - 8
-
-
 def parameter_table(net):
     """Parameters a stage and in total, as lines of text."""
-    counts = Counter(total=sum(p.numel() for p in net.parameters()))
-    for name, p in net.named_parameters():
-        counts[name.split(".")[0]] += p.numel()
-    return "\n".join(f"  {name:<10}{count:>8,}" for name, count in counts.items())
+    sizes = {name: p.numel() for name, p in net.named_parameters()}
+    stages = dict.fromkeys([*(name.split(".")[0] for name in sizes), ""])            # "": them all
+    total = lambda stage: sum(size for name, size in sizes.items() if name.startswith(stage))
+    return "\n".join(f"  {stage or 'total':<10}{total(stage):>8,}" for stage in stages)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -413,15 +391,19 @@ def training_step(net, optimiser, x, y, label_smoothing, clip, bf16):
 # 6. Evaluation
 # ----------------------------------------------------------------------------------------------
 
-def evaluate(net, x, y, prepare, bf16=False, label_smoothing=0.0):
-    """Exact loss (nats), accuracy and top5 (0 to 1) of `net` over all N pictures, as a dict; and
-    `spread`, the standard deviation of accuracy over equal batches of `batch` pictures.
+# Loss in nats, accuracy (acc) and top5 from 0 to 1, all exact over `count` pictures; `spread` is
+# the standard deviation of accuracy over equal batches of `batch` of them.
 
-    x uint8 (N,3,32,32), y (N,); `prepare` turns some of x into the network's input. The batches
-    are as large as divides N, up to 1,024 as in the paper. Leaves `net` in evaluation mode.
+Figures = collections.namedtuple("Figures", "loss acc top5 spread batch count")
+
+
+def evaluate(net, x, y, prepare, bf16=False, label_smoothing=0.0):
+    """`Figures` of `net` on pictures x, uint8 (N,3,32,32), with labels y (N,).
+
+    `prepare` turns some of x into the network's input. The batches are as large as divides N, up
+    to 1,024 as in the paper. Leaves `net` in evaluation mode.
     """
-    net.eval()
-    parts = []
+    net, parts = net.eval(), []
     for some, target in zip(x.split(250), y.split(250)):           # small: less memory, and faster
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             logits = net(prepare(some)).float()
@@ -431,8 +413,7 @@ def evaluate(net, x, y, prepare, bf16=False, label_smoothing=0.0):
     parts = torch.cat(parts, dim=1).cpu().double()                      # (3,N); MPS has no double
     batch = next(size for size in range(min(1024, len(y)), 0, -1) if len(y) % size == 0)
     spread = parts[1].view(-1, batch).mean(1).std(correction=0).item()
-    return dict(zip(("loss", "accuracy", "top5"), parts.mean(1).tolist()),
-                spread=spread, batch=batch, count=len(y))
+    return Figures(*parts.mean(1).tolist(), spread, batch, len(y))
 
 
 def report(net, run, settings, with_test=False):
@@ -443,22 +424,20 @@ def report(net, run, settings, with_test=False):
     higher: the two are of different criteria. Here both are plain cross-entropy on pictures left
     as they are; the criterion that training minimises stands beside them under its own name.
     """
-    data, measure = run.data, partial(evaluate, net, prepare=run.prepare, bf16=run.bf16)
+    data, measure = run.data, functools.partial(evaluate, net, prepare=run.prepare, bf16=run.bf16)
     fit, val = measure(data.train_x, data.train_y), measure(data.val_x, data.val_y)
     with torch.random.fork_rng():                    # the same augmentation whenever this is asked
         torch.manual_seed(settings.seed)
-        hard = measure(data.train_x, data.train_y, prepare=run.noisy,
-                       label_smoothing=settings.label_smoothing)
+        hard = evaluate(net, *data[:2], run.noisy, run.bf16, settings.label_smoothing)
     draw_predictions(run.out / "predictions.png", net, data, run.prepare)
-    text = ("train loss: {0[loss]:.3f}, val loss: {1[loss]:.3f}, train acc: {0[accuracy]:.3f}"
-            "±{0[spread]:.3f}, val acc: {1[accuracy]:.3f}±{1[spread]:.3f}\n  val: {1[accuracy]:.2%}"
-            " of {1[count]:,} {2} pictures; top-5: {1[top5]:.2%} (train {0[top5]:.2%})\n  ±: over "
-            "equal batches of {0[batch]:,} (train) and {1[batch]:,} (val), not over seeds\n  losses:"
-            " plain cross-entropy; as trained, smoothed and augmented: {3[loss]:.3f}")
-    text = text.format(fit, val, "held-out" if settings.holdout else "test", hard)
+    text = (f"train loss: {fit.loss:.3f}, val loss: {val.loss:.3f}, train acc: {fit.acc:.3f}±"
+            f"{fit.spread:.3f}, val acc: {val.acc:.3f}±{val.spread:.3f}\n  val: {val.count:,} "
+            f"{'held-out' if settings.holdout else 'test'} pictures, {val.acc:.2%} (top-5 "
+            f"{val.top5:.2%}, train {fit.top5:.2%}); ± over batches of {val.batch:,}, not over seeds\n"
+            f"  losses: plain cross-entropy; as trained (smoothed, augmented): {hard.loss:.3f}")
     if with_test and settings.holdout:
-        test = measure(data.test_x, data.test_y)
-        text += f"\n  test: {test['accuracy']:.2%} of {test['count']:,}, loss {test['loss']:.3f}"
+        text += "\n  test: {0.count:,} pictures, {0.acc:.2%}, loss {0.loss:.3f}".format(
+            measure(data.test_x, data.test_y))
     return text
 
 
@@ -479,9 +458,8 @@ def plot(path, curves, title, x_axis, y_axis):
         pen.text((at(x, y)[0], 810), f"{x:,g}", "#333", font, "mm")
         pen.text((115, at(x, y)[1]), f"{y:.4g}", "#333", font, "rm")
     for (name, points), colour, height in zip(curves.items(), ("#d1495b", "#00798c"), (690, 735)):
-        pen.line([at(x, y) for x, y in points], colour, 5, "curve")
-        pen.line([1060, height, 1120, height], colour, 6)
-        pen.text((1135, height), name, "#333", font, "lm")
+        pen.line([at(x, y) for x, y in points or [(x0, y0)]], colour, 5, "curve")
+        pen.text((1370, height), name, colour, font, "rm")
     for place, text in ((765, 45), title), ((765, 865), x_label), ((90, 45), y_label):
         pen.text(place, text, "#111", font, "mm")
     image.resize((720, 450), Image.LANCZOS).save(path)
@@ -513,14 +491,13 @@ def load_checkpoint(path, made=None, net=None):
     """
     try:         # weights_only: a file from elsewhere may hold data, but no code that would run
         state = torch.load(path, map_location="cpu", weights_only=True)
-        for name in made or ():
-            was = state["made"][name]
-            assert was == made[name], f"it was made with {name} {was}, not {made[name]}"
+        for name, value in (made or {}).items():
+            assert value == state["made"][name], f"{name} is {state['made'][name]}, not {value}"
         net.load_state_dict(state["net"]) if net else None
         return state
     except Exception as error:
-        sys.exit(f"error: can't go on from {path} ({type(error).__name__}: {str(error)[:70].strip()})"
-                 ": give the settings that it was made with, or choose another --out")
+        sys.exit(f"error: can't go on from {path} ({str(error)[:60]!r}): give the settings it was "
+                 "made with, or choose another --out")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -528,7 +505,7 @@ def load_checkpoint(path, made=None, net=None):
 # ----------------------------------------------------------------------------------------------
 # `prepare` turns uint8 pictures into the network's input; `noisy` augments them first.
 
-Run = namedtuple("Run", "device bf16 out data prepare noisy made")
+Run = collections.namedtuple("Run", "device bf16 out data prepare noisy made")
 
 
 def set_up(settings):
@@ -536,40 +513,40 @@ def set_up(settings):
     data that can't be used."""
     there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     kind = max(there, key=there.get) if settings.device == "auto" else settings.device
-    if not there[kind]:
-        sys.exit(f"error: --device {kind}: this machine, or this build of torch, has none")
+    if not there[kind]: sys.exit(f"error: --device {kind}: this machine, or this torch, has none")
     try:
         (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
         (out / "log.csv").open("a").close()
     except OSError as error:
         sys.exit(f"error: --out {out} can't be written ({error.strerror}): choose another folder")
     data = load_data(settings.data, settings.holdout, kind)
-    if settings.batch_size > len(data.train_y):
-        sys.exit(f"error: --batch-size {settings.batch_size} is above {len(data.train_y)} pictures")
+    if (most := len(data.train_y)) < settings.batch_size: sys.exit(f"error: --batch-size > {most}")
     # bf16 has fp32's range, so unlike fp16 it needs no loss scaling; emulated, it is only slow.
     bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    print(f"torch {torch.__version__} on {kind}, {'bf16' if bf16 else 'fp32'}; {len(data.names)} "
-          f"classes, {len(data.train_y):,} pictures to train, {len(data.val_y):,} to validate")
-    mean, std = channel_statistics(data.train_x)
-    prepare = partial(normalise, mean=mean, std=std)
+    print(f"torch {torch.__version__} on {kind}, {'bf16' if bf16 else 'fp32'}; {most:,} pictures")
+    prepare = functools.partial(normalise, **channel_statistics(data.train_x))
     noisy = lambda x: prepare(augment(x, settings.randaugment_ops, settings.randaugment_magnitude))
-    made = {name: value for name, value in asdict(settings).items() if name not in FREE_TO_CHANGE}
-    made.update(script="classifier.py", data=data.checksum)
+    made = {**dataclasses.asdict(settings), **dict.fromkeys(FREE_TO_CHANGE), "data": data.checksum}
     return Run(torch.device(kind), bf16, out, data, prepare, noisy, made)
 
 
 def make_network(settings, run):
-    """The Classifier of `settings`, compiled if they say so. Raises SystemExit over the budget.
+    """The Classifier of `settings`, weights drawn from their seed; at the given width, or else the
+    largest that the budget allows. Raises SystemExit, one line, if the given one is too large.
 
-    Where torch.compile fails, it fails at the first call: so a copy goes first, there and back.
-    Compiled in place, the weights keep their names.
+    Compiled if `settings` say so. Where torch.compile fails, it fails at the first call: so a copy
+    goes first, there and back. Compiled in place, the weights keep their names.
     """
     names = ("layers", "weights", "block", "activation", "positions", "downsample")
-    variant = dict(classes=len(run.data.names), **{name: getattr(settings, name) for name in names})
-    try:
-        net = Classifier(width=settings.width or widest(**variant), **variant)
-    except AssertionError as error:
-        sys.exit(f"error: {error}")
+    variant = {name: getattr(settings, name) for name in names}
+    for width in [settings.width] if settings.width else range(256, 0, -8):
+        torch.manual_seed(settings.seed)
+        try:
+            net = Classifier(len(run.data.names), width, **variant)
+            break
+        except AssertionError as error:
+            if settings.width:
+                sys.exit(f"error: {error}")
     net.to(run.device, memory_format=torch.channels_last)
     if settings.compile == "on" or (settings.compile == "auto" and run.device.type == "cuda"):
         try:
@@ -591,7 +568,6 @@ def train(settings, command="python classifier.py", only_measure=False):
     """
     run, steps, batch = set_up(settings), settings.steps, settings.batch_size
     data, path = run.data, run.out / "checkpoint.pt"
-    torch.manual_seed(settings.seed)                     # of the generators of all devices
     net, recipe = make_network(settings, run), (settings.label_smoothing, settings.clip, run.bf16)
     optimiser = make_optimiser(net, settings.weight_decay)
     # OneCycle [34]: up to the peak in 30 % of the steps, down to almost 0 in the rest, while
@@ -606,7 +582,7 @@ def train(settings, command="python classifier.py", only_measure=False):
         schedule.load_state_dict(state["schedule"])
         step, position, seconds, history, order, average = state["progress"]
         torch.set_rng_state(state["random"])     # the one generator; last, as the network drew some
-    print(f"{path}: {step:,} of {steps:,} steps done; parameters:\n{parameter_table(net)}")
+    print(f"parameters:\n{parameter_table(net)}\n{path}: {step:,} of {steps:,} steps done")
     order, average = order.to(run.device), average.to(run.device)
 
     # Ctrl-C and SIGTERM leave a note, and the loop ends after its step. A second one kills at once.
@@ -629,8 +605,8 @@ def train(settings, command="python classifier.py", only_measure=False):
         if not (step % settings.log_every == 0 or validate or received):
             continue
         if not torch.isfinite(average + sum(p.detach().sum() for p in net.parameters())):
-            sys.exit(f"\nerror: the loss is not finite at step {step:,}: lower --max-lr (see lr-find);"
-                     f" the last good checkpoint, if any, is still in {run.out}")
+            sys.exit(f"\nerror: the loss is not finite at step {step:,}: lower --max-lr (lr-find "
+                     "proposes one); the last good checkpoint, if any, is kept")
         took = time.perf_counter() - clock
         seconds, speed = seconds + took, (step - clock_step) * batch / took
         left = time.strftime("%H:%M:%S", time.gmtime((steps - step) * batch / speed))
@@ -638,32 +614,30 @@ def train(settings, command="python classifier.py", only_measure=False):
         line = (f"step {step:6,}/{steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
                 f"{speed:7,.0f} images/s  left {left}")
         if validate:               # for Figure 2, on as many training pictures as validation ones
-            n, how = len(data.val_y), (run.prepare, run.bf16)
-            fit = evaluate(net, data.train_x[:n], data.train_y[:n], *how)
-            val = evaluate(net, data.val_x, data.val_y, *how)
-            row.update(train_acc=fit["accuracy"], val_acc=val["accuracy"], val_loss=val["loss"])
-            line += f"  train acc {fit['accuracy']:.2%}  val acc {val['accuracy']:.2%}"
+            x, y = data.train_x[:len(data.val_y)], data.train_y[:len(data.val_y)]
+            fit = evaluate(net, x, y, run.prepare, run.bf16)
+            val = evaluate(net, data.val_x, data.val_y, run.prepare, run.bf16)
+            row.update(train_acc=fit.acc, val_acc=val.acc, val_loss=val.loss)
+            line += f"  train acc {fit.acc:.2%}  val acc {val.acc:.2%}"
         print(line, end="\r" if sys.stdout.isatty() and not validate else "\n", flush=True)
         history.append(row)
         write_log(run.out, history, steps)
         if validate or received:
-            progress = step, position, seconds, history, order, average
-            torch.save(dict(made=run.made, settings=asdict(settings), progress=progress,
-                            random=torch.get_rng_state(), net=net.state_dict(),
-                            optimiser=optimiser.state_dict(), schedule=schedule.state_dict()),
-                       path.with_suffix(".tmp"))
+            state = dict(made=run.made, settings=dataclasses.asdict(settings), net=net.state_dict(),
+                         optimiser=optimiser.state_dict(), schedule=schedule.state_dict(),
+                         progress=(step, position, seconds, history, order, average),
+                         random=torch.get_rng_state())
+            torch.save(state, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)     # `path` is always whole, old or new
         clock, clock_step = time.perf_counter(), step      # validation is not counted
-    list(map(signal.signal, numbers, handlers))
+    for number, handler in zip(numbers, handlers): signal.signal(number, handler)
     if received and step < steps:
         print(f"\nstopped after step {step:,}, all saved in {path}. To go on:\n  {command}")
         sys.exit(128 + received[0])
     memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else math.nan
     print(f"{step * batch:,} pictures in {seconds:,.1f} s, {step * batch / seconds:,.0f} images/s, "
           f"peak memory on CUDA {memory:,.0f} MiB; measuring ...", flush=True)
-    result = report(net, run, settings, with_test=only_measure)
-    (run.out / "result.txt").write_text(f"{command}\n{result}\n", encoding="utf-8")
-    print(f"{result}\nall files are in {run.out}")
+    print(result := report(net, run, settings, with_test=only_measure))
     return result
 
 
@@ -674,40 +648,34 @@ def write_log(out, history, steps):
     lines = [",".join(str(row.get(name, "")) for name in names) for row in history]
     (out / "log.csv").write_text("\n".join([",".join(names), *lines, ""]))
     curve = lambda key: [(row["step"], 100 * row[key]) for row in history if key in row]
-    if curve("val_acc"):
-        plot(out / "curve.png", dict(train=curve("train_acc"), validation=curve("val_acc")),
-             "Train and validation accuracy", ("step", 0, steps), ("accuracy (%)", 0, 100))
+    plot(out / "curve.png", dict(train=curve("train_acc"), validation=curve("val_acc")),
+         "Train and validation accuracy", ("optimiser step", 0, steps), ("accuracy (%)", 0, 100))
 
 
 def run_lr_find(settings, lowest=1e-5, highest=1.0, longest=200):
     """Range test [33]: raise the rate exponentially over at most `longest` steps, watch the loss,
     draw it, and propose a peak for OneCycle. Returns that rate. Touches no checkpoint."""
     run, steps, curve, average = set_up(settings), min(settings.steps, longest), [], 0.0
-    torch.manual_seed(settings.seed)
     net, recipe = make_network(settings, run), (settings.label_smoothing, settings.clip, run.bf16)
     optimiser = make_optimiser(net, settings.weight_decay)
     for step in range(steps):
         rate = lowest * (highest / lowest) ** (step / steps)
-        for group in optimiser.param_groups:
-            group["lr"] = rate
+        optimiser.param_groups[0]["lr"] = optimiser.param_groups[1]["lr"] = rate
         chosen = torch.randint(len(run.data.train_y), (settings.batch_size,)).to(run.device)
         x, y = run.noisy(run.data.train_x[chosen]), run.data.train_y[chosen]
         loss = training_step(net, optimiser, x, y, *recipe)
         average = 0.9 * average + 0.1 * loss.item()
         curve.append((math.log10(rate), average / (1 - 0.9 ** (step + 1))))      # weighted mean
         print(f"step {step + 1:4}/{steps}  lr {rate:.2e}  loss {curve[-1][1]:.4f}", flush=True)
-        if not curve[-1][1] < 1.2 * curve[0][1]:                   # diverged, or not a number
-            break
     # OneCycle stays near its peak for long, so keep clear of the rate at which the loss turns up:
     # a third of it (our choice).
     (turn, least), top = min(curve, key=lambda point: point[1]), math.ceil(curve[0][1])
-    curves = {"training loss": [point for point in curve if point[1] < top],
-              f"proposed: {10 ** turn / 3:.1e}": [(turn - math.log10(3), y) for y in (0, top)]}
-    plot(run.out / "lr_find.png", curves, "Learning-rate range test",
-         ("log10 of the learning rate", -5, 0), ("loss", 0, top))
-    print(f"proposed: --max-lr {10 ** turn / 3:.1e}, a third of {10 ** turn:.1e}, where the smoothed"
-          f" loss was lowest ({least:.3f}) before it turned up; see {run.out / 'lr_find.png'}")
-    return 10 ** turn / 3
+    peak, place = 10 ** turn / 3, turn - math.log10(3)
+    curves = {"loss": [p for p in curve if p[1] < top], f"{peak:.1e}": [(place, 0), (place, top)]}
+    plot(run.out / "lr_find.png", curves, "Learning-rate range test", ("log10 of the rate", -5, 0),
+         ("training loss", 0, top))
+    print(f"proposed: --max-lr {peak:.1e}, a third of the rate of least loss, {least:.3f}")
+    return peak
 
 
 # ----------------------------------------------------------------------------------------------
@@ -723,10 +691,9 @@ def main(argv=None):
     parser.add_argument("mode", nargs="?", choices=["train", "eval", "lr-find"], default="train")
     hints = get_type_hints(Settings, include_extras=True)
     for name, hint in hints.items():
-        text, choices = f"{hint.__metadata__[0]}; default %r", get_args(hint.__origin__)
+        choices, text = get_args(hint.__origin__), f"; default {getattr(Settings, name)!r}"
         kind = dict(choices=choices) if choices else dict(type=hint.__origin__)
-        flag, text = "--" + name.replace("_", "-"), text % getattr(Settings, name)
-        parser.add_argument(flag, help=text, **kind)
+        parser.add_argument("--" + name.replace("_", "-"), help=hint.__metadata__[0] + text, **kind)
     given = vars(parser.parse_args(argv))
     mode, command = given.pop("mode"), "python classifier.py " + shlex.join(argv or sys.argv[1:])
     for name, value in given.items():
@@ -735,12 +702,12 @@ def main(argv=None):
             parser.error(f"--{name.replace('_', '-')} {value} is not within {low} to {high}")
     data_set = "shapes" if given.get("data") == "shapes" else "cifar100"
     given["out"] = given.get("out") or f"runs/classifier-{data_set}"
-    if mode == "eval":        # a checkpoint knows how it was made, but not on which machine we are
-        made = load_checkpoint(Path(given["out"]) / "checkpoint.pt")["settings"]
-        return train(Settings(**{**made, "device": "auto", **given}), command, only_measure=True)
     if mode == "lr-find":
         return run_lr_find(Settings(**given))
-    return train(Settings(**given), command)
+    if mode == "eval":        # a checkpoint knows how it was made, but not on which machine we are
+        made = load_checkpoint(Path(given["out"]) / "checkpoint.pt")["settings"]
+        given = {**made, "device": "auto", **given}
+    return train(Settings(**given), command, only_measure=mode == "eval")
 
 
 if __name__ == "__main__":
