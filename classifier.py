@@ -433,7 +433,7 @@ def report(net, run, settings, with_test=False):
     text = (f"train loss: {fit.loss:.3f}, val loss: {val.loss:.3f}, train acc: {fit.acc:.3f}±"
             f"{fit.spread:.3f}, val acc: {val.acc:.3f}±{val.spread:.3f}\n  val: {val.count:,} "
             f"{'held-out' if settings.holdout else 'test'} pictures, {val.acc:.2%} (top-5 "
-            f"{val.top5:.2%}, train {fit.top5:.2%}); ± over batches of {val.batch:,}, not over seeds\n"
+            f"{val.top5:.2%}, train {fit.top5:.2%}); ± over batches of {val.batch:,}, not seeds\n"
             f"  losses: plain cross-entropy; as trained (smoothed, augmented): {hard.loss:.3f}")
     if with_test and settings.holdout:
         text += "\n  test: {0.count:,} pictures, {0.acc:.2%}, loss {0.loss:.3f}".format(
@@ -491,13 +491,13 @@ def load_checkpoint(path, made=None, net=None):
     """
     try:         # weights_only: a file from elsewhere may hold data, but no code that would run
         state = torch.load(path, map_location="cpu", weights_only=True)
+        Settings(**state["settings"])                     # fails if another script wrote the file
         for name, value in (made or {}).items():
             assert value == state["made"][name], f"{name} is {state['made'][name]}, not {value}"
         net.load_state_dict(state["net"]) if net else None
         return state
     except Exception as error:
-        sys.exit(f"error: can't go on from {path} ({str(error)[:60]!r}): give the settings it was "
-                 "made with, or choose another --out")
+        sys.exit(f"error: can't use {path} ({str(error)[:60]!r}): give its settings, or another --out")
 
 
 # ----------------------------------------------------------------------------------------------
