@@ -497,7 +497,7 @@ def load_checkpoint(path, made=None, net=None):
         net.load_state_dict(state["net"]) if net else None
         return state
     except Exception as error:
-        sys.exit(f"error: can't use {path} ({str(error)[:60]!r}): give its settings, or another --out")
+        sys.exit(f"error: can't use {path} ({str(error)[:60]!r}): give its settings or change --out")
 
 
 # ----------------------------------------------------------------------------------------------
