@@ -187,9 +187,9 @@ def augment(x, operations=1, magnitude=2, group=16, pad=4):
         x = torch.cat([v2.RandAugment(operations, magnitude)(some) for some in x.split(group)])
     # Pad with black, then cut a window at a random place, which for all pictures at once is one
     # gather on pixel numbers. A flip (half the pictures) reads the window's columns backwards.
-    height, width = x.shape[2:]
-    top, left = torch.randint(2 * pad + 1, (2, len(x), 1))
-    columns = torch.arange(width).where(torch.rand(len(x), 1) < 0.5, torch.arange(width).flip(0))
+    (height, width), (top, left) = x.shape[2:], torch.randint(2 * pad + 1, (2, len(x), 1))
+    columns = torch.arange(width)
+    columns = torch.where(torch.rand(len(x), 1) < 0.5, columns.flip(0), columns)         # (B,W)
     rows = (top + torch.arange(height)) * (width + 2 * pad)                              # (B,H)
     pixel = (rows[:, :, None] + (left + columns)[:, None]).flatten(1).to(x.device)       # (B,H*W)
     padded = F.pad(x, (pad, pad, pad, pad)).flatten(2)                # (B,3,(H+2pad)*(W+2pad))
@@ -497,7 +497,7 @@ def load_checkpoint(path, made=None, net=None):
         net.load_state_dict(state["net"]) if net else None
         return state
     except Exception as error:
-        sys.exit(f"error: can't use {path} ({str(error)[:60]!r}): give its settings or change --out")
+        sys.exit(f"error: can't use {path} ({str(error)[:60]!r}): use its settings, or other --out")
 
 
 # ----------------------------------------------------------------------------------------------

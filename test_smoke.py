@@ -22,9 +22,10 @@ import torch.nn.functional as F
 import torchvision
 
 import classifier
+import diffusion
 
 HERE = Path(__file__).parent
-SCRIPTS = [name for name in ("classifier.py", "diffusion.py") if (HERE / name).exists()]
+SCRIPTS = ["classifier.py", "diffusion.py"]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -117,19 +118,27 @@ def test_layers_work_alone():
     """A reader who copies one layer or function, and nothing else, can call it."""
     def alone(script, *names):
         tree = ast.parse((HERE / script).read_text(encoding="utf-8"))
-        body = [node for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign))
-                or getattr(node, "name", None) in names]
+        frame = (ast.Import, ast.ImportFrom, ast.Assign)
+        body = [node for node in tree.body
+                if isinstance(node, frame) or getattr(node, "name", None) in names]
         space = {"__name__": "copied"}
         exec(compile(ast.Module(body, []), script, "exec"), space)
         return space[names[-1]]
 
-    assert alone("classifier.py", "depthwise_separable")(3, 8)(torch.zeros(2, 3, 6, 4)).shape == (2, 8, 6, 4)
-    assert alone("classifier.py", "Attention")(8)(torch.zeros(2, 5, 8)).shape == (2, 5, 8)
-    assert alone("classifier.py", "GatedMLP")(8, 20)(torch.zeros(2, 5, 8)).shape == (2, 5, 8)
-    assert alone("classifier.py", "RMSNorm")(8)(torch.ones(2, 8)).shape == (2, 8)
-    assert alone("classifier.py", "fourier_positions")(6, 12).shape == (36, 12)
-    assert alone("classifier.py", "draw_shapes")(5, 0)[0].shape == (5, 3, 32, 32)
-    assert alone("classifier.py", "augment")(torch.zeros(3, 3, 9, 7, dtype=torch.uint8)).shape == (3, 3, 9, 7)
+    one, two = "classifier.py", "diffusion.py"
+    x = torch.zeros(2, 3, 6, 4)
+    assert alone(one, "depthwise_separable")(3, 8)(x).shape == (2, 8, 6, 4)
+    assert alone(one, "Attention")(8)(torch.zeros(2, 5, 8)).shape == (2, 5, 8)
+    assert alone(one, "GatedMLP")(8, 20)(torch.zeros(2, 5, 8)).shape == (2, 5, 8)
+    assert alone(one, "RMSNorm")(8)(torch.ones(2, 8)).shape == (2, 8)
+    assert alone(one, "fourier_positions")(6, 12).shape == (36, 12)
+    assert alone(one, "draw_shapes")(5, 0)[0].shape == (5, 3, 32, 32)
+    assert alone(one, "augment")(x.byte()).shape == x.shape
+    assert alone(two, "separable_conv")(3, 8)(x).shape == (2, 8, 6, 4)
+    assert alone(two, "Attention")(4)(torch.zeros(2, 4, 3, 5)).shape == (2, 4, 3, 5)
+    assert alone(two, "cosine_schedule")(torch.tensor([0.5])).abs() < 1e-5
+    assert alone(two, "clip_x0")(x).shape == x.shape
+    assert alone(two, "slerp")(x, x, torch.ones(2)).shape == x.shape
 
 
 def test_imports_are_required():
@@ -201,7 +210,8 @@ def test_classifier_budget():
 def widest(**variant):
     """The network that the script builds for a variant when no width is given."""
     settings = classifier.Settings(**variant)
-    run = classifier.Run(torch.device("cpu"), *[None] * 6)._replace(data=classifier.Data(*[None] * 8)._replace(names=range(100)))
+    data = classifier.Data(*[None] * 6, names=range(100), checksum=0)
+    run = classifier.Run(torch.device("cpu"), False, None, data, None, None, {})
     return classifier.make_network(settings, run)
 
 
@@ -218,7 +228,8 @@ def test_classifier_shapes():
     assert net.stem(torch.randn(5, 3, 32, 32)).shape == (5, 24, 8, 8)
     layer = classifier.depthwise_separable(6, 10, 3)
     assert layer(torch.randn(4, 6, 12, 20)).shape == (4, 10, 12, 20)
-    assert classifier.depthwise_separable(6, 10, strided=True)(torch.randn(4, 6, 12, 20)).shape == (4, 10, 6, 10)
+    layer = classifier.depthwise_separable(6, 10, strided=True)
+    assert layer(torch.randn(4, 6, 12, 20)).shape == (4, 10, 6, 10)
     assert classifier.EncoderLayer(24)(torch.randn(3, 11, 24)).shape == (3, 11, 24)
 
 
@@ -236,8 +247,8 @@ def test_variants_step():
             group["lr"] = 1e-2
         before = [p.detach().clone() for p in net.parameters()]
         assert torch.isfinite(classifier.training_step(net, optimiser, x, y, 0.1, 1.0, False))
-        still = [name for (name, p), old in zip(net.named_parameters(), before) if torch.equal(p, old)]
-        assert not still, (variant, still)
+        for (name, p), old in zip(net.named_parameters(), before):
+            assert not torch.equal(p, old), (variant, name)
 
 
 def test_tying_is_real():
@@ -274,9 +285,6 @@ def test_rmsnorm_and_swiglu_by_formula():
 
 def test_attention_by_formula():
     x, attention = torch.randn(2, 5, 8), classifier.Attention(8, heads=2)
-    heads = []
-    for q, k, v in zip(*(part.chunk(2, -1) for part in attention.qkv(x).chunk(3, -1))):
-        heads.append(None)
     q, k, v = attention.qkv(x).chunk(3, -1)
     heads = [torch.softmax(a @ b.transpose(1, 2) / 2, -1) @ c          # sqrt(4 channels a head) = 2
              for a, b, c in zip(q.chunk(2, -1), k.chunk(2, -1), v.chunk(2, -1))]
@@ -325,12 +333,13 @@ def test_augment():
     out, seen = classifier.augment(x, 0), set()
     for picture, result in zip(x, out):
         padded = F.pad(picture, (4, 4, 4, 4))
-        found = [(top, left, flip) for top in range(9) for left in range(9) for flip in (False, True)
-                 if torch.equal(padded[:, top:top + 32, left:left + 32].flip(-1) if flip else
-                                padded[:, top:top + 32, left:left + 32], result)]
+        found = [(top, left, flip) for top in range(9) for left in range(9)
+                 for flip, window in enumerate([padded[:, top:top + 32, left:left + 32],
+                                                padded[:, top:top + 32, left:left + 32].flip(-1)])
+                 if torch.equal(window, result)]
         assert len(found) == 1
         seen.add(found[0])
-    assert len(seen) > 20 and {flip for _, _, flip in seen} == {False, True}
+    assert len(seen) > 20 and {flip for _, _, flip in seen} == {0, 1}
 
 
 def test_randaugment_draws():
@@ -392,8 +401,9 @@ def test_cifar_folder():
         monkey(cifar, "test_list", [["test", md5(folder / "test")]])
         monkey(cifar, "meta", dict(cifar.meta, md5=md5(folder / "meta")))
         x, y, test_x, test_y, names = classifier.load_cifar(root)
-        assert x.shape == (20, 3, 32, 32) and test_x.shape == (10, 3, 32, 32) and names == list("abcde")
-        assert np.array_equal(x.numpy().reshape(20, -1), pixels) and y.tolist() == content["train"]["fine_labels"]
+        assert x.shape == (20, 3, 32, 32) and test_x.shape == (10, 3, 32, 32)
+        assert np.array_equal(x.numpy().reshape(20, -1), pixels)
+        assert y.tolist() == content["train"]["fine_labels"] and names == list("abcde")
         # Cut short: refused and left as it is. Gone: a download, which fails with instructions.
         whole = (folder / "test").read_bytes()
         (folder / "test").write_bytes(whole[:100])
@@ -404,7 +414,8 @@ def test_cifar_folder():
             raise OSError("no route to host")
         monkey(cifar, "download", no_net)
         message = refused(classifier, "--data", root, "--out", Path(root) / "out")
-        for part in ("no route to host", cifar.url, "169,001,437", cifar.tgz_md5, root, "--data shapes"):
+        for part in ("no route to host", cifar.url, "169,001,437", cifar.tgz_md5, root,
+                     "--data shapes"):
             assert part in message, part
 
 
@@ -413,7 +424,7 @@ def test_cifar_folder():
 # ------------------------------------------------------------------------------------------------
 
 def test_schedule():
-    """OneCycle as train() uses it: rises to the peak at 30 %, ends near 0, and every step has a rate."""
+    """OneCycle as train() uses it: rises to the peak at 30 %, ends near 0, a rate for each step."""
     with patched() as monkey, tempfile.TemporaryDirectory() as out:
         small_shapes(classifier, monkey)
         rates, step = [], classifier.training_step
@@ -448,7 +459,7 @@ def test_label_smoothing_and_clip():
     loss = classifier.training_step(net, optimiser, x, y, 0.2, 0.01, False)
     torch.testing.assert_close(loss, expected.detach())
     moved = torch.cat([(p - old).flatten() for p, old in zip(net.parameters(), before)]).norm()
-    assert 0.0099 < moved <= 0.0101                      # SGD with rate 1 moves by the clipped gradient
+    assert 0.0099 < moved <= 0.0101                  # SGD with rate 1 moves by the clipped gradient
 
 
 def test_evaluate_is_exact():
@@ -464,7 +475,8 @@ def test_evaluate_is_exact():
     hit = (logits.argmax(1) == y).float()
     assert abs(got["acc"] - hit.double().mean().item()) < 1e-9 and got["count"] == 600
     assert abs(got["loss"] - F.cross_entropy(logits, y).item()) < 1e-5
-    assert abs(got["top5"] - (logits.topk(5).indices == y[:, None]).any(1).float().mean().item()) < 1e-6
+    five = (logits.topk(5).indices == y[:, None]).any(1).double().mean().item()
+    assert abs(got["top5"] - five) < 1e-9
     assert got["batch"] == 600 and got["spread"] == 0
     half = classifier.evaluate(net, x.repeat(3, 1, 1, 1)[:1400], y.repeat(3)[:1400], prepare)
     assert half.batch == 700
@@ -473,7 +485,7 @@ def test_evaluate_is_exact():
 
 
 def test_resume_is_bit_identical():
-    """Stopped in mid-epoch by Ctrl-C, resumed past the epoch's end, RandAugment on: the same bits."""
+    """Stopped in mid-epoch by Ctrl-C, resumed past the epoch's end, RandAugment on: same bits."""
     with patched() as monkey, tempfile.TemporaryDirectory() as root:
         small_shapes(classifier, monkey)                 # 600 pictures, 6 batches an epoch
         flags = [*TINY, "--steps", 23]
@@ -491,14 +503,17 @@ def test_resume_is_bit_identical():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
         _, text = run(classifier, *flags, "--out", f"{root}/parts")
         assert "9 of 23 steps" in text
-        a, b = (torch.load(f"{root}/{name}/checkpoint.pt", weights_only=True) for name in ("whole", "parts"))
+        a, b = (torch.load(f"{root}/{name}/checkpoint.pt", weights_only=True)
+                for name in ("whole", "parts"))
         for key in ("net", "optimiser", "schedule", "random"):
             assert same(a[key], b[key]), key
         assert same(a["progress"][4:], b["progress"][4:])              # data order, average loss
         # Finished: started again, it only says its result, and trains nothing.
         monkey(classifier, "training_step", None)
-        first, second = (run(classifier, *flags, "--out", f"{root}/{name}")[0] for name in ("whole", "parts"))
-        assert first == second == run(classifier, "eval", "--data", "shapes", "--out", f"{root}/whole")[0]
+        first, second = (run(classifier, *flags, "--out", f"{root}/{name}")[0]
+                         for name in ("whole", "parts"))
+        third, _ = run(classifier, "eval", "--data", "shapes", "--out", f"{root}/whole")
+        assert first == second == third
         other = refused(classifier, *flags, "--seed", 5, "--out", f"{root}/whole")
         assert "seed is 0, not 5" in other
 
@@ -509,7 +524,8 @@ def test_killed_process_resumes():
         flags = [*TINY[:-1], "5", "--steps", "60", "--out", out]
         code = ("import sys, classifier as c; draw = c.draw_shapes; "
                 "c.draw_shapes = lambda count, seed: draw(count // 20, seed); c.main(sys.argv[1:])")
-        process = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=HERE, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-c", code, *flags], cwd=HERE,
+                                   stdout=subprocess.DEVNULL)
         path = Path(out) / "checkpoint.pt"
         until = time.time() + 60
         while not path.exists() and time.time() < until:
@@ -603,12 +619,14 @@ def test_bad_input():
         small_shapes(classifier, monkey)
         out = f"{root}/run"
         for flags, words in [
-                (["--steps", 10_001], "--steps 10001 is not within 1 to 10000"), (["--steps", 0], "--steps 0"),
-                (["--steps", -3], "--steps -3"), (["--steps", "many"], "--steps"),
-                (["--max-lr", "nan"], "--max-lr nan"), (["--batch-size", 601], "--batch-size > 600"),
-                (["--layers", 7], "--layers 7"), (["--block", "bert"], "bert"), (["--no-such"], "no-such"),
-                (["--step=5"], "--step=5"), (["--width", 88], "parameters, not under 100,000"),
-                (["--width", 20], "multiple of 8"), (["--holdout", 150], "150"), (["dance"], "dance"),
+                (["--steps", 10_001], "--steps 10001 is not within 1 to 10000"),
+                (["--steps", 0], "--steps 0"), (["--steps", -3], "--steps -3"),
+                (["--steps", "many"], "--steps"), (["--step=5"], "--step=5"),
+                (["--max-lr", "nan"], "--max-lr nan"), (["--layers", 7], "--layers 7"),
+                (["--batch-size", 601], "--batch-size > 600"), (["--block", "bert"], "bert"),
+                (["--width", 88], "parameters, not under 100,000"), (["--no-such"], "no-such"),
+                (["--width", 20], "multiple of 8"), (["--holdout", 150], "150"),
+                (["dance"], "dance"),
                 *([(["--device", "cuda"], "cuda")] if not torch.cuda.is_available() else []),
                 *([(["--device", "mps"], "mps")] if not torch.backends.mps.is_available() else [])]:
             message = refused(classifier, *TINY[:2], "--batch-size", 100, "--out", out, *flags)
@@ -627,13 +645,463 @@ def test_bad_input():
         torch.save(dict(state, net=classifier.Classifier(width=16, layers=1).state_dict()), other)
         stranger = io.BytesIO()
         torch.save({"weights": torch.zeros(3)}, stranger)
-        for content in (b"", good[:len(good) // 2], b"hello", stranger.getvalue(), other.getvalue()):
+        for content in (b"", good[:len(good) // 2], b"hello", stranger.getvalue(),
+                        other.getvalue()):
             path.write_bytes(content)
             for mode in ([], ["eval"]):
                 message = refused(classifier, *mode, *TINY, "--steps", 2, "--out", out)
                 assert "can't use" in message and "\n" not in message, message
             assert path.read_bytes() == content
-        assert "can't use" in refused(classifier, "eval", "--data", "shapes", "--out", f"{root}/none")
+        message = refused(classifier, "eval", "--data", "shapes", "--out", f"{root}/none")
+        assert "can't use" in message
+
+
+# ------------------------------------------------------------------------------------------------
+# diffusion.py: the mathematics
+# ------------------------------------------------------------------------------------------------
+
+SCHEDULES = {"cosine": (diffusion.cosine_schedule, diffusion.cosine_inverse),
+             "linear": (diffusion.linear_schedule, diffusion.linear_inverse),
+             "spliced": (diffusion.spliced_schedule, diffusion.spliced_inverse)}
+
+
+def test_schedules():
+    """Finite, strictly falling, invertible, alpha² + sigma² = 1, the ends; in fp32 as used."""
+    for name, (schedule, inverse) in SCHEDULES.items():
+        t = torch.linspace(0, 1, 1001)
+        log_snr = schedule(t)
+        assert torch.isfinite(log_snr).all() and (log_snr.diff() < 0).all(), name
+        torch.testing.assert_close(inverse(log_snr), t, atol=2e-5, rtol=0)
+        torch.testing.assert_close(inverse(schedule(t.double())), t.double(), atol=1e-8, rtol=0)
+        alpha, sigma = diffusion.to_alpha_sigma(log_snr)
+        torch.testing.assert_close(alpha ** 2 + sigma ** 2, torch.ones(1001, 1, 1, 1))
+        assert torch.equal(diffusion.to_log_snr(t, name), log_snr)
+    ends = diffusion.cosine_schedule(torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(ends, torch.tensor([20.0, -20.0]))
+    # The cosine schedule is -2 log tan(a t + b); the linear one is DDPM's integral of beta.
+    t = torch.linspace(0, 1, 99).double()
+    b = np.arctan(np.exp(-10))
+    direct = -2 * torch.tan((np.arctan(np.exp(10)) - b) * t + b).log()
+    torch.testing.assert_close(diffusion.cosine_schedule(t), direct, atol=1e-6, rtol=1e-6)
+    alpha_squared = torch.exp(-(1e-4 + 10 * t ** 2))
+    torch.testing.assert_close(diffusion.linear_schedule(t), torch.logit(alpha_squared))
+
+
+def test_splice_joint():
+    """Value and slope meet at the joint, and each side is the schedule that it should be."""
+    joint = 0.80074257 / 1.31537545
+    t = torch.tensor([joint - 1e-6, joint + 1e-6], dtype=torch.double, requires_grad=True)
+    value = diffusion.spliced_schedule(t)
+    slope, = torch.autograd.grad(value.sum(), t)
+    assert abs(value[0] - value[1]) < 1e-4 and abs(slope[0] - slope[1]) < 1e-3 * abs(slope[0])
+    early, late = torch.tensor(0.3).double(), torch.tensor(0.9).double()
+    torch.testing.assert_close(diffusion.spliced_schedule(early),
+                               diffusion.cosine_schedule(1.31537545 * early))
+    torch.testing.assert_close(diffusion.spliced_schedule(late),
+                               diffusion.linear_schedule(1.31537545 * late - 0.31537545))
+
+
+def test_equations_1_to_3():
+    torch.manual_seed(0)
+    x, noise, pred_v = torch.randn(3, 6, 3, 8, 8, dtype=torch.double)
+    log_snr = torch.linspace(-6, 6, 6).double()
+    alpha, sigma = diffusion.to_alpha_sigma(log_snr)
+    torch.testing.assert_close((alpha ** 2 / sigma ** 2).log().flatten(), log_snr)
+    x_t, v = diffusion.add_noise(x, noise, alpha, sigma), diffusion.velocity(x, noise, alpha, sigma)
+    torch.testing.assert_close(x_t, alpha * x + sigma * noise)
+    torch.testing.assert_close(v, alpha * noise - sigma * x)
+    x0, eps = diffusion.to_x0_and_noise(x_t, v, alpha, sigma)
+    torch.testing.assert_close(x0, x)
+    torch.testing.assert_close(eps, noise)
+    first, second, third = diffusion.three_losses(x, noise, pred_v, log_snr)
+    torch.testing.assert_close(first, (v - pred_v).square().mean((1, 2, 3)))
+    torch.testing.assert_close(second, first)
+    torch.testing.assert_close(third, first)
+    misprint = third / ((-log_snr).exp() + 1) * (log_snr.exp() - 1)        # the paper's last weight
+    assert not torch.allclose(misprint, first)
+
+
+def test_guidance():
+    a, b = torch.randn(2, 4, 3, 5, 5)
+    torch.testing.assert_close(diffusion.guide(a, b, 3.0), 4 * a - 3 * b)
+    torch.testing.assert_close(diffusion.guide(a, b, 0.0), a)
+    net, x, log_snr = tiny_unet(), torch.randn(4, 3, 32, 32), torch.linspace(-3, 3, 4)
+    labels, none = torch.tensor([0, 3, 6, 2]), torch.full((4,), 7)
+    with torch.no_grad():
+        cond, uncond = net(x, log_snr, labels), net(x, log_snr, none)
+        assert (cond - uncond).abs().max() > 1e-3                          # "no class" is its own
+        for w in (0.0, 1.5):
+            got = diffusion.guided_velocity(net, labels, w)(x, log_snr)
+            torch.testing.assert_close(got, diffusion.guide(cond, uncond, w), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(net(x, log_snr, net.embed(labels)), cond)
+
+
+def test_clipping():
+    x = torch.randn(2, 3, 32, 32) * torch.tensor([0.2, 5.0]).view(2, 1, 1, 1)
+    assert torch.equal(diffusion.clip_x0(x, "none"), x)
+    assert torch.equal(diffusion.clip_x0(x, "static"), x.clamp(-1, 1))
+    y = diffusion.clip_x0(x, "dynamic")
+    assert torch.equal(y[0], x[0])                                     # in range: left as it was
+    s = np.quantile(x[1].abs().numpy(), 0.995)
+    torch.testing.assert_close(y[1], x[1].clamp(-s, s) / s, atol=1e-5, rtol=1e-5)
+    assert y.abs().max() <= 1
+
+
+def gaussian_model(mean, std):
+    """The exact velocity for data N(mean, std²), each pixel for itself."""
+    def model(x, log_snr):
+        alpha, sigma = diffusion.to_alpha_sigma(log_snr)
+        x0 = mean + alpha * std ** 2 / (alpha ** 2 * std ** 2 + sigma ** 2) * (x - alpha * mean)
+        return (alpha * x - x0) / sigma                                    # x0 = alpha x - sigma v
+    return model
+
+
+def gaussian_result(mean, std, steps, eta):
+    """(mean, variance) with which `steps` steps end, by the closed form of one step."""
+    log_snr = diffusion.cosine_schedule(torch.linspace(1, 0, steps + 1).double())
+    alpha, sigma = (scale.flatten() for scale in diffusion.to_alpha_sigma(log_snr))
+    m, var = torch.tensor(0.0).double(), torch.tensor(1.0).double()
+    for i in range(steps):
+        a, s, a2, s2 = alpha[i], sigma[i], alpha[i + 1], sigma[i + 1]
+        gain = a * std ** 2 / (a ** 2 * std ** 2 + s ** 2)       # x0 = mean + gain (x - a mean)
+        fresh = eta ** 2 * s2 ** 2 / s ** 2 * (1 - a ** 2 / a2 ** 2) if i < steps - 1 else 0.0 * s
+        keep = (s2 ** 2 - fresh).clamp(min=0).sqrt()
+        scale = a2 * gain + keep * (1 - a * gain) / s
+        shift = (a2 - keep * a / s) * mean * (1 - gain * a)
+        m, var = scale * m + shift, scale ** 2 * var + fresh
+    return m, var
+
+
+def test_sampler_on_gaussian():
+    """Against the closed form, float64, no clipping: the mean and the variance of many samples."""
+    torch.manual_seed(0)
+    mean, std, count = 0.4, 0.3, 40_000
+    for eta in (0.0, 0.5, 1.0):
+        for steps in (3, 10):
+            x = torch.randn(count, 1, 1, 1, dtype=torch.double)
+            log_snr = diffusion.cosine_schedule(torch.linspace(1, 0, steps + 1).double())
+            x = diffusion.sample(gaussian_model(mean, std), x, log_snr, eta, "none")
+            m, var = gaussian_result(mean, std, steps, eta)
+            error = (var / count).sqrt()
+            assert abs(x.mean() - m) < 4.5 * error, (eta, steps)
+            assert abs(x.var() / var - 1) < 4.5 * (2 / count) ** 0.5, (eta, steps, x.var(), var)
+    # DDIM follows the exact path, x0 = mean + std * x1: its error falls about as 1/steps.
+    x, errors = torch.linspace(-2, 2, 9).double().view(-1, 1, 1, 1), []
+    for steps in (20, 40, 80):
+        log_snr = diffusion.cosine_schedule(torch.linspace(1, 0, steps + 1).double())
+        y = diffusion.sample(gaussian_model(mean, std), x, log_snr, 0.0, "none")
+        assert torch.equal(y, diffusion.sample(gaussian_model(mean, std), x, log_snr, 0.0, "none"))
+        errors.append((y - mean - std * x).abs().max().item())
+    assert 1.6 < errors[0] / errors[1] < 2.4 and 1.6 < errors[1] / errors[2] < 2.4, errors
+
+
+def test_slerp():
+    a, b = torch.randn(2, 3, 2, 5, 5, dtype=torch.double)
+    torch.testing.assert_close(diffusion.slerp(a, b, torch.zeros(3)), a)
+    torch.testing.assert_close(diffusion.slerp(a, b, torch.ones(3)), b)
+    u, v = (x / x.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for x in (a, b))
+    half = diffusion.slerp(u, v, torch.full((3,), 0.5)).flatten(1)
+    torch.testing.assert_close(half.norm(dim=1), torch.ones(3).double())   # stays on the sphere
+    torch.testing.assert_close((half * u.flatten(1)).sum(1), (half * v.flatten(1)).sum(1))
+    near = diffusion.slerp(a, a * (1 + 1e-9), torch.full((3,), 0.3))
+    torch.testing.assert_close(near, a)
+    torch.testing.assert_close(diffusion.slerp(a, a, torch.full((3,), 0.3)), a)
+
+
+def test_sobol_is_even():
+    """The timesteps of a batch fill [0,1] better than independent ones; fast_forward repeats."""
+    engine = torch.quasirandom.SobolEngine(1, scramble=True, seed=3)
+    engine.draw(64)
+    t = engine.draw(64)[:, 0].sort().values
+    gap = lambda t: torch.cat([t[:1], t.diff(), 1 - t[-1:]]).max()
+    torch.manual_seed(0)
+    assert gap(t) < 0.5 * min(gap(torch.rand(64).sort().values) for _ in range(20))
+    again = torch.quasirandom.SobolEngine(1, scramble=True, seed=3)
+    again.fast_forward(64)
+    assert torch.equal(again.draw(64)[:, 0].sort().values, t)
+
+
+def test_ema():
+    net, average = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    old = [p.detach().clone() for p in average.parameters()]
+    diffusion.update_ema(average, net, 0.9, step=10**6)
+    for p, q, new in zip(average.parameters(), old, net.parameters()):
+        torch.testing.assert_close(p, 0.9 * q + 0.1 * new)
+    old = [p.detach().clone() for p in average.parameters()]
+    diffusion.update_ema(average, net, 0.9, step=2)                        # warm-up: decay 3/12
+    for p, q, new in zip(average.parameters(), old, net.parameters()):
+        torch.testing.assert_close(p, 0.25 * q + 0.75 * new)
+
+
+def test_learning_rate():
+    rates = [diffusion.learning_rate(step, 1000, 2.0, 100) for step in range(1000)]
+    assert abs(rates[0] - 0.02) < 1e-4 and 1.9 < max(rates) <= 2.0 and 98 <= np.argmax(rates) <= 100
+    assert rates[-1] < 1e-4 and all(a > b for a, b in zip(rates[100:], rates[101:]))
+
+
+# ------------------------------------------------------------------------------------------------
+# diffusion.py: network, evaluation
+# ------------------------------------------------------------------------------------------------
+
+def tiny_unet(classes=7):
+    """A small network whose last layers are not zero, so that it says something."""
+    torch.manual_seed(0)
+    net = diffusion.UNet(classes, width=8).eval()
+    for module in net.modules():
+        for p in module.parameters(recurse=False):
+            if p.abs().max() == 0 or p.ndim == 4 and p.std() < 1e-6:
+                torch.nn.init.normal_(p, std=0.1)
+    return net
+
+
+def test_unet_budget():
+    net = diffusion.UNet()
+    count = sum(p.numel() for p in net.parameters())
+    assert 900_000 < count < 1_000_000
+    table = diffusion.parameter_table(net)
+    counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in table.splitlines()}
+    assert counts.pop("total") == count == sum(counts.values())
+    assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
+    # "Mostly depthwise-separable": of the 3x3 convolutions, most work on each channel by itself.
+    convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
+    threes = [m for m in convolutions if m.kernel_size == (3, 3)]
+    assert sum(m.groups == m.in_channels for m in threes) > 0.75 * len(threes)
+    for kind, groups in ("regular", 1), ("separable", 8):
+        small = diffusion.UNet(width=8, after_injection=kind)
+        conv = [m for m in small.inject1.modules() if isinstance(m, torch.nn.Conv2d)][0]
+        assert conv.groups == groups
+    try:
+        diffusion.UNet(width=72)
+    except AssertionError as error:
+        assert "parameters, not under 1,000,000" in str(error)
+    else:
+        raise AssertionError("a network over the budget was built")
+
+
+def test_unet_depends_on_all():
+    """Shape, and that picture, noise level and class each change the prediction."""
+    net, x, log_snr = tiny_unet(), torch.randn(5, 3, 32, 32), torch.linspace(-8, 8, 5)
+    labels = torch.arange(5)
+    with torch.no_grad():
+        y = net(x, log_snr, labels)
+        assert y.shape == (5, 3, 32, 32)
+        for other in (net(x + 0.1, log_snr, labels), net(x, log_snr + 1, labels),
+                      net(x, log_snr, labels + 1), net(x, log_snr, torch.full((5,), 7))):
+            assert (other - y).flatten(1).abs().amax(1).min() > 1e-4
+        alone = net(x[2:3], log_snr[2:3], labels[2:3])
+        torch.testing.assert_close(alone, y[2:3], atol=1e-4, rtol=1e-4)
+
+
+def test_sample_set():
+    """The same whatever the batch, the seed decides, no two chunks alike, N need not be round."""
+    net, labels = tiny_unet(), torch.arange(103) % 7
+    how = dict(steps=3, guidance=1.0, seed=2)
+    far = lambda a, b: (a.float() - b.float()).abs()
+    x = diffusion.sample_set(net, labels, batch=50, **how)
+    assert x.shape == (103, 3, 32, 32) and x.dtype == torch.uint8
+    # 1e-4 of the range is less than one of 255 levels, but it can tip the rounding.
+    assert far(diffusion.sample_set(net, labels, batch=200, **how), x).max() <= 1
+    assert far(diffusion.sample_set(net, labels[:60], batch=60, **how), x[:60]).max() <= 1
+    assert far(diffusion.sample_set(net, labels, **{**how, "seed": 3}), x).mean() > 5
+    assert far(x[:50], x[50:100]).mean() > 5
+
+
+def test_interpolation_ends():
+    net = tiny_unet()
+    ends, labels = torch.randn(2, 3, 3, 32, 32), torch.tensor([[0, 1, 2], [3, 4, 5]])
+    x = diffusion.interpolate(net, ends, labels, count=4, steps=3, guidance=2.0)
+    x = x.view(3, 4, 3, 32, 32)
+    for i, side in (0, 0), (1, 3):
+        plain = diffusion.sample_set(net, labels[i], start=ends[i], steps=3, guidance=2.0, eta=0.0)
+        assert (x[:, side].float() - plain.float()).abs().max() <= 1
+    assert (x[:, 1].float() - x[:, 0].float()).abs().mean() > 1
+
+
+def test_nearest_neighbours():
+    torch.manual_seed(0)
+    pictures = torch.randint(0, 256, (7000, 3, 8, 8), dtype=torch.uint8)
+    queries = torch.cat([pictures[[6123]], pictures[[41]].flip(-1), pictures[[5001]].clone()])
+    queries[2, 0, 0, 0] ^= 3
+    distance, index, flipped = diffusion.nearest_neighbours(queries, pictures, k=3, chunk=2)
+    assert index[:, 0].tolist() == [6123, 41, 5001]
+    assert flipped[:, 0].tolist() == [False, True, False]
+    assert distance[:2, 0].tolist() == [0, 0] and 0 < distance[2, 0] <= 3
+    both = torch.cat([pictures, pictures.flip(-1)]).flatten(1).float()
+    expected = torch.cdist(queries.flatten(1).float(), both, 2, "donot_use_mm_for_euclid_dist")
+    expected = expected.topk(3, largest=False).values
+    torch.testing.assert_close(distance, expected, atol=0.05, rtol=1e-4)
+
+
+def test_validation_loss():
+    """Repeats itself, draws nothing, and is the mean square of v where the network says 0."""
+    x, y, _ = diffusion.draw_shapes(200, seed=0)
+    net = diffusion.UNet(width=8).eval()                                   # as built, it says 0
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    total, bins = diffusion.validation_loss(net, x, y, count=100)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (total, bins) == diffusion.validation_loss(net, x, y, count=100)
+    chosen = np.random.RandomState(0).permutation(200)[:100]
+    noise = torch.randn(100, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    t = (torch.arange(100) + 0.5) / 100 * np.pi / 2
+    v = t.cos().view(-1, 1, 1, 1) * noise - t.sin().view(-1, 1, 1, 1) * (x[chosen] / 127.5 - 1)
+    torch.testing.assert_close(torch.tensor(total), v.square().mean(), atol=1e-4, rtol=1e-4)
+    expected = [part.square().mean().item() for part in v.chunk(5)]
+    torch.testing.assert_close(torch.tensor(bins), torch.tensor(expected), atol=1e-3, rtol=1e-3)
+
+
+def test_ranges():
+    x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).repeat(1, 3, 1, 1)
+    z = diffusion.to_model(x)
+    assert z.min() == -1 and z.max() == 1 and torch.equal(diffusion.to_uint8(z), x)
+    assert diffusion.to_uint8(torch.tensor([-3.0, 3.0])).tolist() == [0, 255]
+    try:
+        diffusion.to_model(z)
+    except AssertionError:
+        return
+    raise AssertionError("floats were taken for uint8")
+
+
+def test_frechet():
+    """Closed forms: equal Gaussians, a shift, commuting and one-dimensional covariances."""
+    torch.manual_seed(0)
+    a = torch.randn(6, 6).double()
+    a = a @ a.T
+    mean = torch.randn(6).double()
+    assert abs(diffusion.frechet_distance(mean, a, mean, a)) < 1e-6
+    assert abs(diffusion.frechet_distance(mean, a, mean + 2, a) - 24) < 1e-6
+    p, q = torch.rand(2, 6).double()
+    got = diffusion.frechet_distance(mean, p.diag(), mean, q.diag())
+    assert abs(got - (p.sqrt() - q.sqrt()).square().sum()) < 1e-9
+    b = torch.randn(6, 3).double()
+    b = b @ b.T                                                            # singular
+    values = torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt().sum()
+    expected = a.trace() + b.trace() - 2 * values
+    assert abs(diffusion.frechet_distance(mean, a, mean, b) - expected) < 1e-4
+
+
+class StubInception(torch.nn.Module):
+    """Has what the FID network has: `layers`, from 299x299 pictures to (B,2048,1,1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.AdaptiveAvgPool2d((16, 16)), torch.nn.Flatten(),
+            torch.nn.Linear(768, 2048), torch.nn.Unflatten(1, (2048, 1, 1)))
+
+
+def test_resize():
+    """Size, range, and Pillow's own bicubic picture of one channel."""
+    from PIL import Image
+    x, _, _ = diffusion.draw_shapes(2, seed=1)
+    y = diffusion.resize_for_inception(x)
+    assert y.shape == (2, 3, 299, 299) and y.dtype == torch.float32
+    assert y.min() >= 0 and y.max() <= 255
+    plane = Image.fromarray(x[1, 2].numpy().astype(np.float32)).resize((299, 299), Image.BICUBIC)
+    assert np.array_equal(y[1, 2].numpy(), np.asarray(plane).clip(0, 255))
+
+
+# ------------------------------------------------------------------------------------------------
+# diffusion.py: training and modes
+# ------------------------------------------------------------------------------------------------
+
+SMALL = ("--data shapes --width 8 --batch-size 50 --log-every 5 --eval-every 50 --sample-steps 2 "
+         "--count 8").split()
+
+
+def test_diffusion_resume():
+    """As the classifier: bit-identical, with EMA and Sobol; all modes run from the checkpoint."""
+    with patched() as monkey, tempfile.TemporaryDirectory() as root:
+        small_shapes(diffusion, monkey, train=300, test=100)               # 6 batches an epoch
+        flags = [*SMALL, "--steps", 14]
+        # A grid in between must not disturb the run.
+        run(diffusion, *flags, "--grid-every", 3, "--out", f"{root}/whole")
+        with patched() as inner:
+            stop_at(diffusion, inner, "training_step", 8)
+            try:
+                run(diffusion, *flags, "--out", f"{root}/parts")
+            except SystemExit as stop:
+                assert stop.code == 128 + signal.SIGINT
+            else:
+                raise AssertionError("Ctrl-C did not stop the run")
+        _, text = run(diffusion, *flags, "--out", f"{root}/parts")
+        assert "8 of 14 steps" in text
+        a, b = (torch.load(f"{root}/{name}/checkpoint.pt", weights_only=True)
+                for name in ("whole", "parts"))
+        for key in ("net", "ema", "optimiser", "random", "sobol"):
+            assert same(a[key], b[key]), key
+        assert same(a["progress"][4:], b["progress"][4:])
+        assert not same(a["net"], a["ema"]) and a["sobol"] == (0, 14 * 50)
+        for name in ("grid-000003.png", "grid-000014.png", "samples.png", "interpolations.png",
+                     "neighbours.png", "loss.png"):
+            assert (Path(root) / "whole" / name).stat().st_size > 500, name
+        out = ["--data", "shapes", "--out", f"{root}/whole", "--sample-steps", 2]
+        x, _ = run(diffusion, "sample", *out, "--classes", "red circle,7", "--count", 5, "--eta", 0)
+        saved = np.load(f"{root}/whole/samples.npz")
+        assert saved["labels"].tolist() == [0, 7, 0, 7, 0]
+        assert np.array_equal(saved["samples"], x.permute(0, 2, 3, 1).numpy())
+        assert "unicorn" in refused(diffusion, "sample", *out, "--classes", "unicorn")
+        assert "100" in refused(diffusion, "sample", *out, "--classes", "100")
+        run(diffusion, "interpolate", *out)
+        medians, _ = run(diffusion, "neighbours", *out, "--count", 8)
+        assert all(median > 0 for median in medians)
+        run(diffusion, "schedules", "--out", f"{root}/whole")
+        # FID with a stand-in for the network; without one, the samples stay.
+        none = ["--inception", f"{root}/none.pt"]
+        monkey(torch.hub, "download_url_to_file", lambda *args: 1 / 0)     # no test downloads
+        result, text = run(diffusion, "fid", *out, "--fid-count", 60, *none)
+        assert result is None and diffusion.INCEPTION_SHA256 in text and "none.pt" in text
+        assert np.load(f"{root}/whole/fid-samples.npz")["samples"].shape == (60, 32, 32, 3)
+        monkey(diffusion, "load_inception", lambda path: StubInception())
+        result, text = run(diffusion, "fid", *out, "--fid-count", 60)
+        assert result > 0 and "not comparable" in text and "floor" in text
+        kept, _ = run(diffusion, "fid", *out, "--fid-count", 60, "--sample-seed", 0)
+        assert kept > 0
+
+
+def test_diffusion_learns():
+    """After some steps the loss with true labels is below the loss with shuffled ones."""
+    with patched() as monkey, tempfile.TemporaryDirectory() as out:
+        small_shapes(diffusion, monkey, train=6000, test=400)
+        for mode in ("run_sample", "run_interpolate", "run_neighbours", "draw_demo"):
+            monkey(diffusion, mode, lambda *args: None)
+        loss, _ = run(diffusion, "--data", "shapes", "--width", 16, "--steps", 260,
+                      "--max-lr", 4e-3, "--batch-size", 64, "--warm-up", 20, "--ema", 0.95, "--label-drop", 0,
+                      "--out", out)
+        net = diffusion.UNet(width=16)
+        net.load_state_dict(torch.load(f"{out}/checkpoint.pt", weights_only=True)["ema"])
+        data = diffusion.load_data("shapes")
+        true, _ = diffusion.validation_loss(net, data.test_x, data.test_y)
+        assert abs(true - loss) < 1e-6
+        mixed = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))
+        wrong = data.test_y[mixed]
+        shuffled, _ = diffusion.validation_loss(net, data.test_x, wrong)
+        assert loss < 0.25 and shuffled > 1.03 * true, (true, shuffled)
+
+
+def test_diffusion_bad_input():
+    with patched() as monkey, tempfile.TemporaryDirectory() as root:
+        small_shapes(diffusion, monkey)
+        out = f"{root}/run"
+        for flags, words in [
+                (["--steps", 50_001], "--steps 50001"), (["--steps", 0], "--steps 0"),
+                (["--max-lr", "nan"], "nan"), (["--batch-size", 601], "--batch-size > 600"),
+                (["--width", 72], "parameters, not under 1,000,000"),
+                (["--width", 20], "--width 20"), (["--eta", 2], "--eta 2"),
+                (["--classes", "rose"], "rose"), (["--clip", "hard"], "hard"),
+                (["sample"], "checkpoint.pt"), (["fly"], "fly"), (["--no-such"], "no-such")]:
+            message = refused(diffusion, *flags, *SMALL[:2], "--out", out,
+                              *([] if "--batch-size" in flags else ["--batch-size", 50]))
+            assert words in message and "\n" not in message, message
+        assert not Path(out, "checkpoint.pt").exists()
+        # The other script's checkpoint, and one that is cut.
+        run(classifier, *TINY, "--batch-size", 50, "--steps", 1, "--out", out)
+        path = Path(out, "checkpoint.pt")
+        for content in (path.read_bytes(), path.read_bytes()[:1000], b""):
+            path.write_bytes(content)
+            for mode in ([], ["sample"]):
+                assert "can't use" in refused(diffusion, *mode, *SMALL, "--steps", 1, "--out", out)
+            assert path.read_bytes() == content
 
 
 # ------------------------------------------------------------------------------------------------

@@ -1,0 +1,1080 @@
+# SPDX-License-Identifier: MIT
+"""Class-conditional CIFAR-100 diffusion in under 1,000,000 parameters, at most 50,000 steps.
+
+Section 2 of the paper "Modern Methods, Classical Constraints", in one file to read from the top:
+
+    python diffusion.py                       train on CIFAR-100 (downloaded if not in ./data)
+    python diffusion.py --data shapes ...     the same on drawn shapes: no download, no GPU needed
+    python diffusion.py sample --classes rose,whale --count 16 --guidance 2
+    python diffusion.py interpolate           between pairs of pictures, all noise fixed
+    python diffusion.py neighbours            the training pictures nearest to samples
+    python diffusion.py fid                   10,000 samples against the 10,000 test pictures
+    python diffusion.py schedules             draw the three noise schedules
+
+A run writes one folder, runs/diffusion-<data set>: checkpoint.pt, log.csv, loss.png, a grid of
+samples every so often, and at the end all that the modes above write. Start the same command again
+and it goes on where it stopped. Results, each with its command, stand in README.md.
+
+The network predicts the velocity v of a noised picture. Widths a, b, c = 56, 96, 160:
+
+    noised picture (B,3,32,32) --conv--> (B,a,32,32)         log-SNR, class --> embedding (B,128)
+    inject 1: + embedding, regular convolution    (B,a,32,32) <--'  |
+    block                                         (B,a,32,32) ------|--------------.
+    halve, 2 blocks, attention                    (B,b,16,16) ------|---------.    |
+    halve, block, attention                       (B,c, 8, 8)       |         |    |
+    inject 2: + embedding, regular convolution    (B,c, 8, 8) <-----'         |    |
+    block, attention, block                       (B,c, 8, 8)                 |    |
+    double, join, block, attention, block         (B,b,16,16) <---------------'    |
+    double, join, 2 blocks                        (B,a,32,32) <--------------------'
+    norm, SiLU, conv                              (B,3,32,32) = v
+
+Shapes in comments: B pictures, C channels, H x W pixels, E width of an embedding.
+Symbols: x a picture in [-1,1]; t in [0,1] the noise level, 0 clean and 1 pure noise; log_snr the
+paper's lambda; alpha and sigma the scales of signal and noise, alpha² + sigma² = 1 (alpha is not
+DDPM's alpha_t, which is a ratio of neighbouring alpha²); x_t a noised picture; v the velocity.
+Tags like [2.2] name the paper's section, (1) to (4) its equations; `our choice` marks what it
+leaves open. References, numbered as in the paper: [11] DDPM, [12] classifier-free guidance,
+[20] variational diffusion, [24] cosine schedule, EMA, [28] U-Net, [29] dynamic clipping, [30]
+velocity, [35] DDIM, [39] slerp, [42] attention. [4] is the splice of Crowson's v-diffusion.
+Each function says what it takes and returns, and copies alone.
+
+For CIFAR-10, write CIFAR10 for CIFAR100 in load_cifar: class count and names come from the data.
+"""
+import argparse, copy, collections, concurrent.futures, dataclasses, functools, hashlib, math, os
+import shlex, signal, sys, time, zlib
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_type_hints
+
+import numpy as np
+import torch, torchvision, torch.nn as nn, torch.nn.functional as F
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+MAX_PARAMETERS = 1_000_000   # [2.1] fewer than this, asserted where the network is built
+MAX_STEPS = 50_000           # [2.1] gradient updates at most, asserted before every update
+CHUNK = 50                   # samples that share a noise generator, see sample_set
+INCEPTION = ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
+             "inception-2015-12-05.pt")
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+
+
+# ----------------------------------------------------------------------------------------------
+# 1. Settings
+# ----------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Settings:
+    """A field is a command-line flag: type, what --help says, smallest and largest value, default.
+
+    The defaults are the paper's design; where it names no number, they are our choice.
+    """
+    data: Annotated[str, "folder of CIFAR-100 (downloaded into it if missing), or: shapes"] = "data"
+    out: Annotated[str, "folder to write to; empty: runs/diffusion-<data set>"] = ""
+    seed: Annotated[int, "decides weights, data order, noise and samples", 0, 2**31] = 0
+    device: Annotated[Literal["auto", "cuda", "mps", "cpu"], "where to compute"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], "torch.compile; auto: on CUDA only"] = "auto"
+    log_every: Annotated[int, "steps between lines of progress", 1, MAX_STEPS] = 50
+    eval_every: Annotated[int, "steps between validations, each with a save", 1, MAX_STEPS] = 1000
+    grid_every: Annotated[int, "steps between grids of samples", 1, MAX_STEPS] = 5000
+    steps: Annotated[int, "optimiser steps", 1, MAX_STEPS] = MAX_STEPS
+    batch_size: Annotated[int, "pictures a step", 1, 65_536] = 256
+    max_lr: Annotated[float, "peak learning rate, then a cosine to 0", 1e-8, 10.0] = 1e-3
+    warm_up: Annotated[int, "steps until the peak", 1, MAX_STEPS] = 500
+    clip_norm: Annotated[float, "largest norm of the gradient", 1e-6, 1e6] = 1.0
+    ema: Annotated[float, "decay of the averaged weights, after warm-up", 0.0, 0.99999] = 0.999
+    label_drop: Annotated[float, "share of labels dropped, for guidance", 0.0, 1.0] = 0.1
+    schedule: Annotated[Literal["cosine", "linear", "spliced"], "when training"] = "cosine"
+    width: Annotated[int, "channels a at 32x32; b, c follow", 8, 4096] = 56
+    after_injection: Annotated[Literal["regular", "separable"], "convolution there"] = "regular"
+    # From here on: of sampling only, so free to differ from one command to the next.
+    sample_schedule: Annotated[Literal["cosine", "linear", "spliced"], "when sampling"] = "cosine"
+    sample_steps: Annotated[int, "network calls a sample", 1, 10_000] = 100
+    eta: Annotated[float, "fresh noise a step; 1: DDPM, 0: DDIM", 0.0, 1.0] = 1.0
+    guidance: Annotated[float, "w of equation (4)", -1.0, 100.0] = 3.0
+    clip: Annotated[Literal["none", "static", "dynamic"], "of predicted pictures"] = "dynamic"
+    classes: Annotated[str, "names or numbers to sample, by commas; empty: all in turn"] = ""
+    count: Annotated[int, "pictures to sample", 1, 1_000_000] = 64
+    sample_seed: Annotated[int, "seed of samples", 0, 2**31] = 0
+    sample_batch: Annotated[int, "pictures sampled at once, rounded up to 50s", 1, 65_536] = 250
+    fid_count: Annotated[int, "samples for fid", 2, 1_000_000] = 10_000
+    inception: Annotated[str, "file of the FID network; empty: torch hub's folder"] = ""
+
+
+# These don't shape the trained network, so they may change when a run goes on. (The pictures
+# themselves are compared by checksum, wherever they lie.)
+FREE_TO_CHANGE = ("data", "out", "device", "compile", "log_every", "eval_every", "grid_every",
+                  "sample_schedule", "sample_steps", "eta", "guidance", "clip", "classes", "count",
+                  "sample_seed", "sample_batch", "fid_count", "inception")
+
+
+# ----------------------------------------------------------------------------------------------
+# 2. Data
+# ----------------------------------------------------------------------------------------------
+# The whole data set lies on the device: pictures x uint8 (N,3,32,32) in [0,255], labels y (N,).
+# names are the class names; the checksum is of the training part.
+
+Data = collections.namedtuple("Data", "train_x train_y test_x test_y names checksum")
+
+
+def load_cifar(root):
+    """CIFAR-100 from the folder `root`: (train_x, train_y, test_x, test_y, names).
+
+    Downloads it if there is none. What is there is verified by its md5 and never overwritten.
+    Raises SystemExit with one message if it is damaged or can't be had.
+    """
+    cifar, root = torchvision.datasets.CIFAR100, Path(root)
+    archive, sound = root / cifar.filename, torchvision.datasets.utils.check_integrity
+    try:
+        assert not archive.exists() or sound(archive, cifar.tgz_md5), f"{archive} is damaged"
+        fetch = not (root / cifar.base_folder).exists()      # from the archive, if that is there
+        parts = cifar(root, train=True, download=fetch), cifar(root, train=False)
+    except Exception as error:     # no net, host down, disk full: whatever it was, say what helps
+        sys.exit(f"error: no CIFAR-100 in {root.resolve()}: {error}\n  Delete what is damaged, "
+                 f"and get {cifar.url}\n  into it (169,001,437 bytes, md5 {cifar.tgz_md5}); "
+                 "or use no download at all: --data shapes")
+    x, test_x = (torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts)
+    y, test_y = (torch.tensor(part.targets) for part in parts)
+    return x, y, test_x, test_y, parts[0].classes
+
+
+def draw_shapes(count, seed):
+    """Draw `count` pictures of 10 shapes x 10 colours: x uint8 (count,3,32,32), y, class names.
+
+    A shape is where f(u, v) < 0; u points right, v up, and the shape fits into [-1,1]. Outside f
+    grows like the distance, so f * size is in pixels and a clamp to one pixel smooths the edge.
+    The same seed draws the same pictures.
+    """
+    colours = "red orange yellow green cyan blue purple pink brown white".split()
+    box = lambda u, v: u.abs().maximum(v.abs())                  # a distance with square corners
+    shapes = dict(
+        circle=lambda u, v: u.hypot(v) - 1, ring=lambda u, v: (u.hypot(v) - 0.75).abs() - 0.22,
+        square=lambda u, v: box(u, v) - 0.85, frame=lambda u, v: (box(u, v) - 0.7).abs() - 0.2,
+        triangle=lambda u, v: (-v - 0.65).maximum(u.abs() * 0.87 + v * 0.5 - 0.5),
+        diamond=lambda u, v: (u.abs() + v.abs() - 1) * 0.7,
+        plus=lambda u, v: (u.abs().minimum(v.abs()) - 0.28).maximum(box(u, v) - 1),
+        cross=lambda u, v: ((u.abs() - v.abs()).abs() - 0.4).maximum(box(u, v) - 0.9),
+        star=lambda u, v: u.hypot(v) - 0.68 - 0.34 * (5 * torch.atan2(u, v)).cos(),
+        moon=lambda u, v: (u.hypot(v) - 1).maximum(0.8 - (u - 0.5).hypot(v)))
+    draw = torch.Generator().manual_seed(seed)
+    uniform = lambda low, high, *size: low + (high - low) * torch.rand(*size, generator=draw)
+    y = torch.randint(len(shapes) * len(colours), (count,), generator=draw)
+    size = uniform(6, 12, count, 1, 1)                                         # half, in pixels
+    middle = 15.5 + uniform(-1, 1, 2, count, 1, 1) * (15.5 - size)             # wholly inside
+    u = (torch.arange(32.0) - middle[0]) / size                                # (count,1,32)
+    v = (middle[1] - torch.arange(32.0)[:, None]) / size                       # (count,32,1)
+    cover = torch.empty(count, 1, 32, 32)                   # share of a pixel that the shape fills
+    for i, f in enumerate(shapes.values()):
+        of = y // len(colours) == i
+        cover[of, 0] = (0.5 - f(u[of], v[of]) * size[of]).clamp(0, 1)
+    paint = torch.tensor([ImageColor.getrgb(name) for name in colours])[y % len(colours)].float()
+    x = uniform(20, 90, count, 1, 1, 1) + 8 * torch.randn(count, 3, 32, 32, generator=draw)
+    x = x.lerp_(paint[:, :, None, None].expand_as(x), cover.expand_as(x)).clamp_(0, 255).byte()
+    return x, y, [f"{colour} {shape}" for shape in shapes for colour in colours]
+
+
+def load_data(source, device="cpu"):
+    """`source`, "shapes" or the folder of CIFAR-100, as a `Data` on `device`."""
+    if source == "shapes":
+        x, y, *test, names = *draw_shapes(20_000, seed=1)[:2], *draw_shapes(2_000, seed=2)
+    else:
+        x, y, *test, names = load_cifar(source)
+    return Data(*(part.to(device) for part in (x, y, *test)), names, zlib.crc32(x.numpy()))
+
+
+def to_model(x):
+    """The border between storage and network: uint8 [0,255] -> fp32 [-1,1], channels last.
+
+    Raises AssertionError if x is not uint8: then it is in [0,1], or has been here already.
+    """
+    assert x.dtype == torch.uint8, f"to_model wants uint8 pictures in [0,255], not {x.dtype}"
+    return (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def to_uint8(x):
+    """The way back: fp32 [-1,1] -> uint8 [0,255], with what lies outside cut off."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def find_classes(words, names):
+    """Class numbers from "rose,7,whale" (an empty text: none). Raises SystemExit, one line."""
+    numbers = []
+    for word in filter(None, (word.strip() for word in words.split(","))):
+        if not (word in names or word.isdigit() and int(word) < len(names)):
+            sys.exit(f"error: --classes {word}: not one of the {len(names)}, such as {names[0]}")
+        numbers.append(names.index(word) if word in names else int(word))
+    return numbers
+
+
+# ----------------------------------------------------------------------------------------------
+# 3. Layers
+# ----------------------------------------------------------------------------------------------
+
+def separable_conv(c_in, c_out):
+    """Depthwise-separable 3x3 convolution: (B,c_in,H,W) -> (B,c_out,H,W).
+
+    Space first, a 3x3 filter a channel, then features, a 1x1 mixture of channels: 9 * c_in +
+    c_in * c_out weights instead of 9 * c_in * c_out. "The majority" of convolutions here [2.2].
+    """
+    return nn.Sequential(nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False),
+                         nn.Conv2d(c_in, c_out, 1))
+
+
+def regular_conv(c_in, c_out):
+    """Regular 3x3 convolution: (B,c_in,H,W) -> (B,c_out,H,W)."""
+    return nn.Conv2d(c_in, c_out, 3, padding=1)
+
+
+def sinusoidal_embedding(log_snr, width=64):
+    """Sines and cosines of the noise level: (B,) -> (B,width) [2.2, 42].
+
+    log_snr runs from 20 to -20. Wavelengths go from 3 to 300 (our choice): the long ones order all
+    levels, the short ones tell neighbours apart.
+    """
+    frequency = torch.logspace(math.log10(0.02), math.log10(2), width // 2, device=log_snr.device)
+    angle = log_snr[:, None].float() * frequency                            # (B,width/2)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))): (B,c_in,H,W) -> (B,c_out,H,W).
+
+    GroupNorm, not BatchNorm: a batch mixes noise levels, whose statistics have nothing in common,
+    and averaged weights (EMA) would not fit running averages. 8 groups: our choice.
+    """
+
+    def __init__(self, c_in, c_out, conv):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c_in), conv(c_in, c_out)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c_out), conv(c_out, c_out)
+        self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+class Attention(nn.Module):
+    """Self-attention among all places of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W)."""
+
+    def __init__(self, channels, heads=4):
+        super().__init__()
+        self.heads, self.norm = heads, nn.GroupNorm(1, channels)
+        self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
+        nn.init.zeros_(self.out.weight)                       # starts as the identity: our choice
+
+    def forward(self, x):
+        heads = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))
+        q, k, v = heads.transpose(-1, -2).unbind(1)                     # (B,heads,HW,C/heads)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)   # (B,heads,C/heads,HW)
+        return x + self.out(y.reshape(x.shape))
+
+
+class Injection(nn.Module):
+    """Adds the embedding of noise level and class, then convolves: (B,C,H,W), (B,E) -> (B,C,H,W).
+
+    A regular convolution, because a separable one looks at each channel by itself before it mixes
+    them: the paper saw wave-like artefacts and blames that [2.3]. `conv` takes either.
+    """
+
+    def __init__(self, embedding, channels, conv):
+        super().__init__()
+        self.project, self.norm = nn.Linear(embedding, channels), nn.GroupNorm(8, channels)
+        self.conv = conv(channels, channels)
+
+    def forward(self, x, embedding):
+        h = x + self.project(embedding)[:, :, None, None]
+        return x + self.conv(F.silu(self.norm(h)))
+
+
+# ----------------------------------------------------------------------------------------------
+# 4. Network
+# ----------------------------------------------------------------------------------------------
+
+class UNet(nn.Module):
+    """Velocity network [2.2, 28]: net(x_t, log_snr, labels) -> v (B,3,32,32).
+
+    x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), in which `classes` means "no class",
+    or class embeddings (B,E) as `embed` gives them. The ladder is in this file's header; all widths
+    and depths are our choice. Raises AssertionError at 1,000,000 trainable parameters or more.
+    """
+
+    def __init__(self, classes=100, width=56, embedding=128, after_injection="regular"):
+        super().__init__()
+        # Widths in steps of 8, for 8 groups and 4 heads: 56 gives 96 and 160.
+        a, b, c = width, round(width * 12 / 7 / 8) * 8, round(width * 20 / 7 / 8) * 8
+        conv = dict(regular=regular_conv, separable=separable_conv)[after_injection]
+        block = functools.partial(ResidualBlock, conv=separable_conv)
+        e, self.classes = embedding, classes
+        self.time = nn.Sequential(nn.Linear(64, e), nn.SiLU(), nn.Linear(e, e))
+        self.label = nn.Embedding(classes + 1, e)                # the last: "no class", learned
+        self.stem = regular_conv(3, a)
+        self.inject1 = Injection(e, a, conv)
+        self.down1 = block(a, a)                                                     # 32x32
+        self.down2 = nn.Sequential(nn.AvgPool2d(2), block(a, b), block(b, b), Attention(b))
+        self.down3 = nn.Sequential(nn.AvgPool2d(2), block(b, c), Attention(c))
+        self.inject2 = Injection(e, c, conv)
+        self.middle = nn.Sequential(block(c, c), Attention(c), block(c, c))          # 8x8
+        self.up2 = nn.Sequential(block(c + b, b), Attention(b), block(b, b))         # 16x16
+        self.up1 = nn.Sequential(block(b + a, a), block(a, a))                       # 32x32
+        self.out = nn.Sequential(nn.GroupNorm(8, a), nn.SiLU(), regular_conv(a, 3))
+        nn.init.zeros_(self.out[2].weight)      # the first guess is v = 0, v's mean: our choice
+        count = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        assert count < MAX_PARAMETERS, f"{count:,} parameters, not under {MAX_PARAMETERS:,}"
+
+    def embed(self, labels):
+        """Class embeddings (B,E) of class numbers (B,); embeddings are passed through."""
+        return labels if labels.is_floating_point() else self.label(labels)
+
+    def forward(self, x, log_snr, labels):
+        embedding = F.silu(self.time(sinusoidal_embedding(log_snr)) + self.embed(labels))    # (B,E)
+        x1 = self.down1(self.inject1(self.stem(x), embedding))                    # (B,a,32,32)
+        x2 = self.down2(x1)                                                       # (B,b,16,16)
+        x3 = self.middle(self.inject2(self.down3(x2), embedding))                 # (B,c,8,8)
+        x2 = self.up2(torch.cat([F.interpolate(x3, scale_factor=2), x2], dim=1))  # (B,b,16,16)
+        x1 = self.up1(torch.cat([F.interpolate(x2, scale_factor=2), x1], dim=1))  # (B,a,32,32)
+        return self.out(x1)
+
+
+def parameter_table(net):
+    """Parameters a stage and in total, as lines of text."""
+    sizes = {name: p.numel() for name, p in net.named_parameters()}
+    stages = dict.fromkeys([*(name.split(".")[0] for name in sizes), ""])            # "": them all
+    total = lambda stage: sum(size for name, size in sizes.items() if name.startswith(stage))
+    return "\n".join(f"  {stage or 'total':<10}{total(stage):>8,}" for stage in stages)
+
+# ----------------------------------------------------------------------------------------------
+# 5. Objective: noise schedules, velocity, guidance, sampler
+# ----------------------------------------------------------------------------------------------
+# A schedule maps t in [0,1] to the log-SNR, lambda = log(alpha²/sigma²), strictly falling, finite
+# at both ends, and invertible [2.2].
+
+def cosine_schedule(t):
+    """lambda = -2 log tan(a t + b) [2.2, 24], from 20 at t = 0 to -20 at t = 1; t any shape.
+
+    b = atan(e^-10) and a = atan(e^10) - b cut off the infinite ends. As tan(x) = sin(x) /
+    sin(pi/2 - x) and a + 2b = pi/2, two sines say the same and stay exact in fp32 near t = 1.
+    """
+    b = math.atan(math.exp(-10))
+    a = math.pi / 2 - 2 * b
+    return 2 * (torch.sin(a * (1 - t) + b).log() - torch.sin(a * t + b).log())
+
+
+def cosine_inverse(log_snr):
+    """t of cosine_schedule: (atan(e^(-lambda/2)) - b) / a."""
+    b = math.atan(math.exp(-10))
+    return (torch.atan(torch.exp(-log_snr / 2)) - b) / (math.pi / 2 - 2 * b)
+
+
+def linear_schedule(t):
+    """lambda = -log(e^(1e-4 + 10 t²) - 1), DDPM's linear betas in continuous time [11, 20]."""
+    return -torch.log(torch.expm1(1e-4 + 10 * t ** 2))
+
+
+def linear_inverse(log_snr):
+    """t of linear_schedule: sqrt((log(1 + e^-lambda) - 1e-4) / 10)."""
+    return ((F.softplus(-log_snr) - 1e-4).clamp(min=0) / 10).sqrt()
+
+
+def spliced_schedule(t):
+    """Cosine first, linear then [2.3, 4]: with u = 1.31537545 t, the cosine schedule at u below the
+    joint u = 0.80074257, else the linear one at u - 0.31537545. Value and slope meet there."""
+    u = 1.31537545 * t
+    return torch.where(u < 0.80074257, cosine_schedule(u.clamp(max=1)),
+                       linear_schedule((u - 0.31537545).clamp(min=0)))
+
+
+def spliced_inverse(log_snr):
+    """t of spliced_schedule."""
+    joint = cosine_schedule(torch.tensor(0.80074257, dtype=log_snr.dtype))
+    u = torch.where(log_snr > joint.to(log_snr.device), cosine_inverse(log_snr),
+                    linear_inverse(log_snr) + 0.31537545)
+    return u / 1.31537545
+
+
+def to_log_snr(t, schedule="cosine"):
+    """The log-SNR at t of the schedule of that name."""
+    functions = dict(cosine=cosine_schedule, linear=linear_schedule, spliced=spliced_schedule)
+    return functions[schedule](t)
+
+
+def to_alpha_sigma(log_snr):
+    """alpha = sqrt(sigmoid(lambda)) and sigma = sqrt(sigmoid(-lambda)), shaped to scale pictures:
+    (B,) -> two of (B,1,1,1)."""
+    log_snr = log_snr.view(-1, 1, 1, 1)
+    return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
+
+
+def velocity(x, noise, alpha, sigma):
+    """v = alpha * noise - sigma * x: Eq. (1) [30]."""
+    return alpha * noise - sigma * x
+
+
+def add_noise(x, noise, alpha, sigma):
+    """x_noised = alpha * x + sigma * noise: Eq. (2)."""
+    return alpha * x + sigma * noise
+
+
+def to_x0_and_noise(x_t, v, alpha, sigma):
+    """The picture and the noise that v says are in x_t: (1) and (2) solved for both."""
+    return alpha * x_t - sigma * v, sigma * x_t + alpha * v
+
+
+def three_losses(x, noise, pred_v, log_snr):
+    """The three forms of Eq. (3), each (B,), mean over pixels; all the same number.
+
+    |v - v_hat|², (e^lambda + 1) |x - x_hat|², (e^-lambda + 1) |noise - noise_hat|². The paper
+    prints the last weight as e^lambda - 1, a misprint: below lambda = 0 it would be negative.
+    Training uses the first form; the others show what it weighs.
+    """
+    alpha, sigma = to_alpha_sigma(log_snr)
+    pred_x0, pred_noise = to_x0_and_noise(add_noise(x, noise, alpha, sigma), pred_v, alpha, sigma)
+    mean = lambda error: error.square().flatten(1).mean(dim=1)
+    of_v, of_x0 = mean(velocity(x, noise, alpha, sigma) - pred_v), mean(x - pred_x0)
+    return of_v, (log_snr.exp() + 1) * of_x0, ((-log_snr).exp() + 1) * mean(noise - pred_noise)
+
+
+def guide(v_cond, v_uncond, w):
+    """Classifier-free guidance, Eq. (4) [12]: (1 + w) v_cond - w v_uncond. w = 0: no guidance."""
+    return (1 + w) * v_cond - w * v_uncond
+
+
+def guided_velocity(net, labels, w):
+    """The function (x_t, log_snr) -> v that a sampler calls: `net` with guidance w.
+
+    labels as UNet takes them, (B,) or (B,E). Both halves of Eq. (4) go through the network as one
+    batch of 2B.
+    """
+    wanted = net.embed(labels)                                                            # (B,E)
+    none = net.embed(torch.full((1,), net.classes, device=wanted.device)).expand_as(wanted)
+    def model(x_t, log_snr):
+        if w == 0:
+            return net(x_t, log_snr, wanted)
+        both = net(torch.cat([x_t, x_t]), torch.cat([log_snr, log_snr]), torch.cat([wanted, none]))
+        return guide(*both.chunk(2), w)
+    return model
+
+
+def clip_x0(pred_x0, how="dynamic", percentile=0.995):
+    """Keep predicted pictures (B,3,H,W) in range: "none", "static" (cut at ±1), or "dynamic" [29].
+
+    Guidance drives predictions out of [-1,1]. Cutting saturates them; dynamic clipping cuts a
+    picture at s = max(1, 99.5th percentile of its |values|) and divides by s (99.5: our choice).
+    """
+    if how == "none":
+        return pred_x0
+    s = torch.ones(len(pred_x0), device=pred_x0.device, dtype=pred_x0.dtype)
+    if how == "dynamic":
+        s = pred_x0.abs().flatten(1).quantile(percentile, dim=1).clamp(min=1)
+    s = s.view(-1, 1, 1, 1)
+    return pred_x0.clamp(-s, s) / s
+
+
+@torch.no_grad()
+def sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw=torch.randn_like):
+    """Pictures from noise: x (B,3,H,W) at log_snrs[0] -> x at log_snrs[-1] [2.3, 11, 35].
+
+    model(x_t, log_snr (B,)) gives v; log_snrs (S+1,) rises from noise to picture. A step from t to
+    s splits x_t into picture and noise, and mixes them anew at s. Of the noise, the variance
+    eta² (sigma_s²/sigma_t²) (1 - alpha_t²/alpha_s²) is fresh: eta = 1 is DDPM, eta = 0 DDIM. The
+    last step adds none. `draw(x)` gives fresh noise in x's shape.
+    """
+    alphas, sigmas = (scale.view(-1) for scale in to_alpha_sigma(log_snrs))
+    steps = len(log_snrs) - 1
+    for i in range(steps):
+        alpha, sigma, next_alpha, next_sigma = alphas[i], sigmas[i], alphas[i + 1], sigmas[i + 1]
+        v = model(x, log_snrs[i].expand(len(x))).to(x.dtype)
+        pred_x0 = clip_x0(to_x0_and_noise(x, v, alpha, sigma)[0], clip)
+        pred_noise = (x - alpha * pred_x0) / sigma                 # fits the clipped picture
+        last = i == steps - 1
+        fresh = 0 * sigma if last else (
+            eta ** 2 * (next_sigma / sigma) ** 2 * (1 - (alpha / next_alpha) ** 2))      # variance
+        x = next_alpha * pred_x0 + (next_sigma ** 2 - fresh).clamp(min=0).sqrt() * pred_noise
+        if eta > 0 and not last:
+            x = x + fresh.sqrt() * draw(x)
+    return x
+
+
+def slerp(a, b, share):
+    """Spherical interpolation [2.3, 39]: (B,...) and (B,...) at share (B,) of the way, each row
+    flattened whole. Between nearly parallel rows, where it would divide 0 by 0, a straight line.
+    """
+    u, v, share = a.flatten(1), b.flatten(1), share.view(-1, 1).to(a.dtype)
+    cosine = (F.normalize(u, dim=1) * F.normalize(v, dim=1)).sum(1, keepdim=True)
+    angle = cosine.clamp(-1, 1).acos()
+    parallel = angle.sin().abs() < 1e-3
+    sine = angle.sin().where(~parallel, torch.ones_like(angle))
+    left = torch.where(parallel, 1 - share, ((1 - share) * angle).sin() / sine)
+    right = torch.where(parallel, share, (share * angle).sin() / sine)
+    return (left * u + right * v).view_as(a)
+
+
+def learning_rate(step, steps, peak, warm_up):
+    """Rate of update number `step` (from 0): linear to `peak` in `warm_up` steps, and down to 0 on
+    a cosine over all `steps` (our choice)."""
+    return peak * min(1, (step + 1) / warm_up) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+@torch.no_grad()
+def update_ema(average, net, decay, step):
+    """average += (1 - decay) (net - average), weight by weight [2.2, 11, 24], after update number
+    `step` (from 0). Warm-up, our choice: decay is at most (1 + step)/(10 + step), so that the
+    average forgets the random start."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for old, new in zip(average.parameters(), net.parameters()):
+        old.lerp_(new, 1 - decay)
+
+
+# ----------------------------------------------------------------------------------------------
+# 6. Evaluation
+# ----------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def validation_loss(net, x, y, schedule="cosine", bf16=False, count=1024):
+    """Eq. (3) on at most `count` test pictures, x uint8 (N,3,32,32), y (N,), each with fixed noise,
+    at t = (i + 1/2)/count: (mean, list of the means in five equal bins of t, clean to noisy).
+
+    Nothing in it is random, so two networks, or two moments of one, compare picture by picture.
+    """
+    chosen = torch.from_numpy(np.random.RandomState(0).permutation(len(y))[:count]).to(y.device)
+    noise = torch.randn(len(chosen), *x.shape[1:], generator=torch.Generator().manual_seed(1))
+    t = (torch.arange(len(chosen)) + 0.5) / len(chosen)
+    parts = []
+    for i, eps, level in zip(chosen.split(256), noise.split(256), t.split(256)):
+        picture, eps = to_model(x[i]), eps.to(y.device)
+        log_snr = to_log_snr(level.to(y.device), schedule)
+        alpha, sigma = to_alpha_sigma(log_snr)
+        with torch.autocast(y.device.type, torch.bfloat16, enabled=bf16):
+            pred_v = net(add_noise(picture, eps, alpha, sigma), log_snr, y[i]).float()
+        parts.append((velocity(picture, eps, alpha, sigma) - pred_v).square().flatten(1).mean(1))
+    losses = torch.cat(parts).cpu()
+    return losses.mean().item(), [part.mean().item() for part in losses.chunk(5)]
+
+
+def sample_set(net, labels, seed=0, schedule="cosine", steps=100, eta=1.0, guidance=3.0,
+               clip="dynamic", batch=250, bf16=False, start=None, say=lambda done, count: None):
+    """One sample for each of labels, (N,) or (N,E), as uint8 (N,3,32,32) on the CPU.
+
+    CHUNK samples share a generator, whose seed comes from `seed` and their number: so the set is
+    the same whatever the batch, and memory does not grow with N. `start` (N,3,32,32) is the first
+    noise, if not drawn. `say` hears of progress. Leaves `net` in evaluation mode.
+    """
+    net, device, pictures = net.eval(), labels.device, []
+    log_snrs = to_log_snr(torch.linspace(1, 0, steps + 1, device=device), schedule)
+    batch = math.ceil(batch / CHUNK) * CHUNK
+    for first in range(0, len(labels), batch):
+        some = labels[first:first + batch]
+        generators = [torch.Generator(device).manual_seed(1_000_003 * seed + (first + i) // CHUNK)
+                      for i in range(0, len(some), CHUNK)]
+        def draw(x=None):
+            noise = [torch.randn(CHUNK, 3, 32, 32, generator=g, device=device) for g in generators]
+            return torch.cat(noise)[:len(some)]
+        x = draw() if start is None else start[first:first + batch]
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x = sample(guided_velocity(net, some, guidance), x, log_snrs, eta, clip, draw)
+        pictures.append(to_uint8(x).cpu())
+        say(first + len(some), len(labels))
+    return torch.cat(pictures)
+
+
+def interpolate(net, ends, labels, count=10, **how):
+    """Pictures between pairs [2.3]: `ends` (2,P,3,32,32) first noises, `labels` (2,P) classes of P
+    pairs -> uint8 (P*count,3,32,32), pair after pair, ends included.
+
+    Noise and class embedding both go along the sphere, and eta = 0 keeps the rest free of chance:
+    so the outer pictures are those that the ends' own noise and class give. `how`: as sample_set.
+    """
+    pairs = ends.shape[1]
+    share = torch.linspace(0, 1, count, device=ends.device).repeat(pairs)               # (P*count,)
+    noise = [end.repeat_interleave(count, 0) for end in ends]
+    with torch.no_grad():
+        classes = [net.embed(end).repeat_interleave(count, 0) for end in labels]
+    how = {**how, "eta": 0.0, "start": slerp(*noise, share)}
+    return sample_set(net, slerp(*classes, share), **how)
+
+
+def nearest_neighbours(queries, pictures, k=1, chunk=250):
+    """The k pictures nearest to each query, flips included, by Euclidean distance of pixels in
+    [0,255]: distance (Q,k), index (Q,k), flipped (Q,k). Both uint8 (.,3,H,W) on one device.
+
+    Chunks of queries against chunks of pictures: no table over 50 MB.
+    """
+    flat = lambda x: x.flatten(1).float()
+    found = []
+    for some in queries.split(chunk):
+        both, best = torch.cat([flat(some), flat(some.flip(-1))]), []                   # (2q,D)
+        for first in range(0, len(pictures), 5000):
+            part = flat(pictures[first:first + 5000])
+            square = both.square().sum(1)[:, None] - 2 * both @ part.T + part.square().sum(1)
+            value, i = square.topk(min(k, len(part)), dim=1, largest=False)
+            best.append((value, i + first))
+        value, i = (torch.cat(parts, 1) for parts in zip(*best))                # (2q, k a chunk)
+        value, i = torch.cat(value.split(len(some)), 1), torch.cat(i.split(len(some)), 1)
+        order = value.topk(k, dim=1, largest=False).indices
+        flipped, i = order >= value.shape[1] // 2, i.gather(1, order)
+        # The squares above cancel badly for near copies: take the winners' distances again.
+        turned = torch.where(flipped[..., None], flat(some.flip(-1))[:, None], flat(some)[:, None])
+        exact = (turned - flat(pictures[i.flatten()]).view(*i.shape, -1)).norm(dim=2)
+        found.append((exact, i, flipped))
+    return tuple(torch.cat(parts) for parts in zip(*found))
+
+
+def resize_for_inception(x):
+    """Pictures as clean-fid shows them to the FID network: uint8 (B,3,H,W) -> fp32 (B,3,299,299) in
+    [0,255]. Pillow's bicubic filter on each channel in floating point, then cut to the range."""
+    def one(plane):
+        image = Image.fromarray(plane.astype(np.float32)).resize((299, 299), Image.BICUBIC)
+        return np.asarray(image).clip(0, 255)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        planes = list(pool.map(one, x.flatten(0, 1).cpu().numpy()))
+    return torch.from_numpy(np.stack(planes)).view(len(x), 3, 299, 299)
+
+
+def load_inception(path=""):
+    """The FID network (Inception of 2015-12-05) from `path`, or from torch hub's folder, downloaded
+    into it at need. Raises OSError if it can't be had or is not that file."""
+    path = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION.rsplit("/", 1)[1])
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION, str(path), INCEPTION_SHA256)
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == INCEPTION_SHA256, "wrong SHA-256"
+        return torch.jit.load(str(path), map_location="cpu").eval()
+    except Exception as error:
+        raise OSError(f"the FID network can't be had ({str(error)[:80]!r}): fetch {INCEPTION} "
+                      f"(SHA-256 {INCEPTION_SHA256}) to {path}, or name it with --inception")
+
+
+@torch.no_grad()
+def inception_features(network, x, batch=50):
+    """Features of pictures uint8 (N,3,H,W): float64 (N,2048) on the CPU. `network` is that of
+    load_inception; its forward would resize by itself, so only its layers are called."""
+    device, rows = x.device, []
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):     # fp32, as others have it
+        for some in x.split(batch):
+            resized = resize_for_inception(some).to(device)
+            rows.append(network.layers((resized - 128) / 128).view(len(some), -1).double().cpu())
+    return torch.cat(rows)
+
+
+def frechet_distance(mean_a, cov_a, mean_b, cov_b):
+    """|mean_a - mean_b|² + trace(A + B - 2 (A B)^(1/2)) of two Gaussians, float64, as a float.
+
+    The trace of (A B)^(1/2) is the sum of the square roots of the eigenvalues of sqrt(A) B sqrt(A),
+    which is symmetric, so the eigenvalues are real and can be had safely.
+    """
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+# ----------------------------------------------------------------------------------------------
+# 7. Pictures
+# ----------------------------------------------------------------------------------------------
+
+def save_grid(path, x, columns, scale=2):
+    """Pictures uint8 (N,3,32,32) as one PNG, row by row, each pixel drawn `scale` wide."""
+    grid = torchvision.utils.make_grid(x.cpu(), columns, padding=1, pad_value=255)
+    image = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    image.resize((image.width * scale, image.height * scale), Image.NEAREST).save(path)
+
+
+def plot(path, curves, title, x_axis, y_axis):
+    """Draw `curves`, name -> list of (x, y), into a PNG. An axis is (label, lowest, highest)."""
+    (x_label, x0, x1), (y_label, y0, y1) = x_axis, y_axis
+    at = lambda x, y: (130 + 1270 * (x - x0) / (x1 - x0), 780 - 690 * (y - y0) / (y1 - y0))
+    # Drawn at twice the final size: scaling down smooths the lines.
+    image, font = Image.new("RGB", (1440, 900), "white"), ImageFont.load_default(26)
+    pen = ImageDraw.Draw(image)
+    for x, y in [(x0 + (x1 - x0) * i / 5, y0 + (y1 - y0) * i / 5) for i in range(6)]:
+        pen.line([at(x, y0), at(x, y1)], "#d8d8d8", 2)
+        pen.line([at(x0, y), at(x1, y)], "#d8d8d8", 2)
+        pen.text((at(x, y)[0], 810), f"{x:,g}", "#333", font, "mm")
+        pen.text((115, at(x, y)[1]), f"{y:.4g}", "#333", font, "rm")
+    for (name, points), colour, height in zip(curves.items(), ("#d1495b", "#00798c"), (690, 735)):
+        pen.line([at(x, y) for x, y in points or [(x0, y0)]], colour, 5, "curve")
+        pen.text((1370, height), name, colour, font, "rm")
+    for place, text in ((765, 45), title), ((765, 865), x_label), ((90, 45), y_label):
+        pen.text(place, text, "#111", font, "mm")
+    image.resize((720, 450), Image.LANCZOS).save(path)
+
+
+# ----------------------------------------------------------------------------------------------
+# 8. Checkpoints
+# ----------------------------------------------------------------------------------------------
+
+def load_checkpoint(path, made=None, net=None):
+    """The dict that training saved, on the CPU, its weights put into `net`. Raises SystemExit, one
+    line, if the file can't be read or was not made as `made` says (settings and data, see set_up).
+    """
+    try:         # weights_only: a file from elsewhere may hold data, but no code that would run
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        Settings(**state["settings"])                     # fails if another script wrote the file
+        for name, value in (made or {}).items():
+            assert value == state["made"][name], f"{name} is {state['made'][name]}, not {value}"
+        net.load_state_dict(state["net"]) if net else None
+        return state
+    except Exception as error:
+        sys.exit(f"error: can't use {path} ({str(error)[:60]!r}): use its settings, or other --out")
+
+
+# ----------------------------------------------------------------------------------------------
+# 9. Training
+# ----------------------------------------------------------------------------------------------
+
+Run = collections.namedtuple("Run", "device bf16 out data made")
+
+
+def set_up(settings):
+    """What every mode begins with, a `Run`. Raises SystemExit, one line, for a device, a folder or
+    data that can't be used."""
+    there = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    kind = max(there, key=there.get) if settings.device == "auto" else settings.device
+    if not there[kind]: sys.exit(f"error: --device {kind}: this machine, or this torch, has none")
+    try:
+        (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
+        (out / "log.csv").open("a").close()
+    except OSError as error:
+        sys.exit(f"error: --out {out} can't be written ({error.strerror}): choose another folder")
+    data = load_data(settings.data, kind)
+    if (most := len(data.train_y)) < settings.batch_size: sys.exit(f"error: --batch-size > {most}")
+    find_classes(settings.classes, data.names)
+    # bf16 has fp32's range, so unlike fp16 it needs no loss scaling; emulated, it is only slow.
+    bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    print(f"torch {torch.__version__} on {kind}, {'bf16' if bf16 else 'fp32'}; {most:,} pictures")
+    made = {**dataclasses.asdict(settings), **dict.fromkeys(FREE_TO_CHANGE), "data": data.checksum}
+    return Run(torch.device(kind), bf16, out, data, made)
+
+
+def make_network(settings, run):
+    """The UNet of `settings`, weights drawn from their seed. Raises SystemExit over the budget.
+
+    Compiled if `settings` say so. Where torch.compile fails, it fails at the first call: so a copy
+    goes first, there and back. Compiled in place, the weights keep their names.
+    """
+    torch.manual_seed(settings.seed)
+    try:
+        net = UNet(len(run.data.names), settings.width, after_injection=settings.after_injection)
+    except (AssertionError, ValueError) as error:
+        sys.exit(f"error: --width {settings.width}: {error}")
+    net.to(run.device, memory_format=torch.channels_last)
+    if settings.compile == "on" or (settings.compile == "auto" and run.device.type == "cuda"):
+        try:
+            (probe := copy.deepcopy(net)).compile()
+            x, y = torch.zeros(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
+                probe(*(part.to(run.device) for part in (x, x[:, 0, 0, 0], y))).sum().backward()
+            net.compile()
+        except Exception as error:
+            print(f"torch.compile doesn't work here ({type(error).__name__}): going on without")
+    return net
+
+
+def training_step(net, optimiser, x, y, t, drop_label, noise, schedule, clip_norm, bf16):
+    """One gradient update on the first form of Eq. (3); returns the loss, 0-d, without waiting.
+
+    x (B,3,32,32) in [-1,1], y (B,), t (B,), noise like x; drop_label (B,) is True where the label
+    is to be hidden, so that the network learns "no class" too, which guidance needs [12].
+    """
+    log_snr = to_log_snr(t, schedule)
+    alpha, sigma = to_alpha_sigma(log_snr)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        x_t, labels = add_noise(x, noise, alpha, sigma), y.masked_fill(drop_label, net.classes)
+        pred_v = net(x_t, log_snr, labels)
+    loss = (velocity(x, noise, alpha, sigma) - pred_v.float()).square().mean()
+    optimiser.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
+    optimiser.step()
+    return loss.detach()
+
+
+def train(settings, command="python diffusion.py"):
+    """Train [2.2], or go on with it, then sample; returns the validation loss.
+
+    Raises SystemExit: 128 + its number after a signal (all saved), or one line if the loss is no
+    longer finite or the checkpoint in the folder is of another run.
+    """
+    run, steps, batch = set_up(settings), settings.steps, settings.batch_size
+    data, path = run.data, run.out / "checkpoint.pt"
+    net = make_network(settings, run)
+    average_net = copy.deepcopy(net).eval().requires_grad_(False)
+    optimiser = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    # Low-discrepancy t [2.2]: each draw falls into a gap the earlier ones left, so a batch covers
+    # [0,1] evenly and the loss estimate varies less. Draws alternate between the halves of [0,1]:
+    # nothing else here may depend on whether a picture's place in the batch is even.
+    sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
+    # All other chance comes from one generator on the device; sampling has its own, so a grid in
+    # between changes nothing. An epoch is one random order of the pictures. `average` is of the
+    # loss, over some 50 steps.
+    random = torch.Generator(run.device).manual_seed(settings.seed)
+    shuffle = lambda: torch.randperm(len(data.train_y), generator=random, device=run.device)
+    step, position, seconds, history = 0, 0, 0.0, []
+    order, average = shuffle(), torch.zeros((), device=run.device)
+    if path.exists():
+        state = load_checkpoint(path, run.made, net)
+        average_net.load_state_dict(state["ema"])
+        optimiser.load_state_dict(state["optimiser"])
+        step, position, seconds, history, order, average = state["progress"]
+        order, average = order.to(run.device), average.to(run.device)
+        sobol.fast_forward(step * batch)
+        if state["device"] == run.device.type:                # each kind of device has its own kind
+            random.set_state(state["random"])
+    print(f"parameters:\n{parameter_table(net)}\n{path}: {step:,} of {steps:,} steps done")
+
+    # Ctrl-C and SIGTERM leave a note, and the loop ends after its step. A second one kills at once.
+    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    take_note = lambda number, _: (received.append(number), signal.signal(number, signal.SIG_DFL))
+    handlers = [signal.signal(number, take_note) for number in numbers]
+    net.train()
+    clock, clock_step = time.perf_counter(), step
+    while step < steps and not received:
+        if position + batch > len(order):            # a rest smaller than a batch is left out
+            order, position = shuffle(), 0
+        chosen = order[position:position + batch]
+        x, y = to_model(data.train_x[chosen]), data.train_y[chosen]
+        flip, drop_label = torch.rand(2, batch, generator=random, device=run.device)
+        x = torch.where(flip.view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)    # the one augmentation
+        noise = torch.randn(x.shape, generator=random, device=run.device)
+        t = sobol.draw(batch)[:, 0].to(run.device)
+        assert step < MAX_STEPS, "the step budget is spent"
+        rate = learning_rate(step, steps, settings.max_lr, settings.warm_up)
+        optimiser.param_groups[0]["lr"] = rate
+        loss = training_step(net, optimiser, x, y, t, drop_label < settings.label_drop, noise,
+                             settings.schedule, settings.clip_norm, run.bf16)
+        update_ema(average_net, net, settings.ema, step)
+        step, position = step + 1, position + batch
+        average = average.lerp(loss, max(0.02, 1 / step))
+        # Up to here nothing waits for the device. Reading a number does, so only now and then.
+        validate = step % settings.eval_every == 0 or step == steps
+        if not (step % settings.log_every == 0 or validate or received):
+            continue
+        if not torch.isfinite(average + sum(p.detach().sum() for p in net.parameters())):
+            sys.exit(f"\nerror: the loss is not finite at step {step:,}: lower --max-lr; the last "
+                     "good checkpoint, if any, is kept")
+        took = time.perf_counter() - clock
+        seconds, speed = seconds + took, (step - clock_step) * batch / took
+        left = time.strftime("%H:%M:%S", time.gmtime((steps - step) * batch / speed))
+        row = dict(step=step, loss=average.item(), lr=rate, images_per_s=speed)
+        line = (f"step {step:6,}/{steps:,}  loss {row['loss']:.4f}  lr {rate:.2e}  "
+                f"{speed:7,.0f} images/s  left {left}")
+        if validate:
+            row["val_loss"], bins = validation_loss(average_net, data.test_x, data.test_y,
+                                                    settings.schedule, run.bf16)
+            row.update({f"bin{i}": value for i, value in enumerate(bins)})
+            line += f"  val {row['val_loss']:.4f}: " + " ".join(f"{value:.3f}" for value in bins)
+        print(line, end="\r" if sys.stdout.isatty() and not validate else "\n", flush=True)
+        history.append(row)
+        write_log(run.out, history, steps)
+        if validate or received:
+            state = dict(made=run.made, settings=dataclasses.asdict(settings), net=net.state_dict(),
+                         ema=average_net.state_dict(), optimiser=optimiser.state_dict(),
+                         progress=(step, position, seconds, history, order, average),
+                         sobol=(settings.seed, sobol.num_generated),
+                         random=random.get_state(), device=run.device.type)
+            torch.save(state, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)     # `path` is always whole, old or new
+        if step % settings.grid_every == 0 and step < steps:
+            draw_demo(run.out / f"grid-{step:06}.png", average_net, run, settings)
+        clock, clock_step = time.perf_counter(), step      # validation is not counted
+    for number, handler in zip(numbers, handlers): signal.signal(number, handler)
+    if received and step < steps:
+        print(f"\nstopped after step {step:,}, all saved in {path}. To go on:\n  {command}")
+        sys.exit(128 + received[0])
+    memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else math.nan
+    print(f"{step * batch:,} pictures in {seconds:,.1f} s, {step * batch / seconds:,.0f} images/s, "
+          f"peak memory on CUDA {memory:,.0f} MiB")
+    draw_demo(run.out / f"grid-{step:06}.png", average_net, run, settings)
+    for mode in (run_sample, run_interpolate, run_neighbours):
+        mode(settings, run, average_net)
+    # FID wants 10,000 samples, hours on a CPU, and has no meaning for drawn shapes.
+    if run.device.type == "cpu" or settings.data == "shapes":
+        print("FID is left out here; `python diffusion.py fid` computes it")
+    else:
+        run_fid(settings, run, average_net)
+    return history[-1]["val_loss"]
+
+
+def write_log(out, history, steps):
+    """log.csv and loss.png from the rows so far, whole each time, so that a run set back to its
+    checkpoint leaves no rows of the steps it lost."""
+    names = "step loss lr images_per_s val_loss bin0 bin1 bin2 bin3 bin4".split()
+    lines = [",".join(str(row.get(name, "")) for name in names) for row in history]
+    (out / "log.csv").write_text("\n".join([",".join(names), *lines, ""]))
+    curve = lambda key: [(row["step"], min(row[key], 0.5)) for row in history if key in row]
+    plot(out / "loss.png", dict(train=curve("loss"), validation=curve("val_loss")),
+         "Velocity loss, Eq. (3)", ("optimiser step", 0, steps), ("loss", 0, 0.5))
+
+
+def sampling(settings, run):
+    """What sample_set takes from the settings, as keywords."""
+    def say(done, count):
+        print(f"sampled {done:,} of {count:,}", end="\r" if done < count else "\n", flush=True)
+    return dict(seed=settings.sample_seed, schedule=settings.sample_schedule, bf16=run.bf16,
+                steps=settings.sample_steps, eta=settings.eta, guidance=settings.guidance,
+                clip=settings.clip, batch=settings.sample_batch, say=say)
+
+
+def draw_demo(path, net, run, settings):
+    """A row a class for ten classes (those asked for, or ten from all over the list), ten pictures
+    each, as a PNG; always from the same noise, so that grids of one run compare."""
+    names = run.data.names
+    spread = range(0, len(names), len(names) // 10 + 1)
+    classes = (find_classes(settings.classes, names) or spread)[:10]
+    labels = torch.tensor(classes, device=run.device).repeat_interleave(10)
+    save_grid(path, sample_set(net, labels, **sampling(settings, run)), columns=10)
+    print(f"{path}: " + ", ".join(names[i] for i in classes))
+
+
+def open_run(settings, run=None, net=None):
+    """(run, averaged network) from the checkpoint, or those given."""
+    if net is None:
+        run = set_up(settings)
+        net = make_network(settings, run)
+        net.load_state_dict(load_checkpoint(run.out / "checkpoint.pt", run.made, net)["ema"])
+    return run, net.eval()
+
+
+def run_sample(settings, run=None, net=None):
+    """Sample `count` pictures, none picked: samples.png (400 at most) and, for other tools,
+    samples.npz with `samples` uint8 (N,32,32,3) and `labels`. Returns the pictures."""
+    run, net = open_run(settings, run, net)
+    classes = find_classes(settings.classes, run.data.names) or range(len(run.data.names))
+    labels = torch.tensor([classes[i % len(classes)] for i in range(settings.count)])
+    if not settings.classes:                           # a random class for each, in equal chances
+        labels = torch.randint(len(classes), (settings.count,),
+                               generator=torch.Generator().manual_seed(settings.sample_seed))
+    clock = time.perf_counter()
+    x = sample_set(net, labels.to(run.device), **sampling(settings, run))
+    print(f"{len(x) / (time.perf_counter() - clock):,.1f} samples/s")
+    save_samples(run.out / "samples.npz", x, labels)
+    save_grid(run.out / "samples.png", x[:400], columns=max(8, math.isqrt(min(len(x), 400))))
+    print(f"{run.out / 'samples.png'}, {run.out / 'samples.npz'}")
+    return x
+
+
+def save_samples(path, x, labels):
+    """uint8 (N,3,32,32) and labels (N,) as a .npz: `samples` uint8 (N,32,32,3), `labels`."""
+    np.savez_compressed(path, samples=x.permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
+
+
+def run_interpolate(settings, run=None, net=None, pairs=8):
+    """Figure 3, middle: interpolations.png, a row a pair, ends included. Returns the pictures."""
+    run, net = open_run(settings, run, net)
+    classes = find_classes(settings.classes, run.data.names)
+    random = torch.Generator().manual_seed(settings.sample_seed)
+    labels = torch.randint(len(run.data.names), (2, pairs), generator=random)
+    if classes:
+        labels = torch.tensor((classes * 2 * pairs)[:2 * pairs]).view(pairs, 2).T
+    ends = torch.randn(2, pairs, 3, 32, 32, generator=random).to(run.device)
+    x = interpolate(net, ends, labels.to(run.device), **sampling(settings, run))
+    save_grid(run.out / "interpolations.png", x, columns=10)
+    print(run.out / "interpolations.png")
+    return x
+
+
+def run_neighbours(settings, run=None, net=None, shown=16, k=4):
+    """Figure 3, right: neighbours.png, samples each with its k nearest training pictures beside it.
+
+    Says the median nearest distance of the samples and that of test pictures: a network that copies
+    the training set comes nearer to it than new photographs do [2.5]. Returns both medians.
+    """
+    run, net = open_run(settings, run, net)
+    random = torch.Generator().manual_seed(settings.sample_seed)
+    labels = torch.randint(len(run.data.names), (settings.count,), generator=random)
+    x = sample_set(net, labels.to(run.device), **sampling(settings, run)).to(run.device)
+    distance, index, flipped = nearest_neighbours(x, run.data.train_x, k)
+    test = torch.randperm(len(run.data.test_y), generator=random)[:max(settings.count, 500)]
+    test_distance, _, _ = nearest_neighbours(run.data.test_x[test.to(run.device)], run.data.train_x)
+    near = run.data.train_x[index[:shown].flatten()]
+    near = torch.where(flipped[:shown].flatten()[:, None, None, None], near.flip(-1), near)
+    tiles = torch.cat([x[:shown, None], near.view(-1, k, *x.shape[1:])], dim=1)
+    save_grid(run.out / "neighbours.png", tiles.flatten(0, 1), columns=2 * (k + 1))
+    medians = distance[:, 0].median().item(), test_distance.median().item()
+    print(f"{run.out / 'neighbours.png'}: median distance to the nearest training picture "
+          f"{medians[0]:.0f} ({len(x)} samples), {medians[1]:.0f} ({len(test)} test pictures)")
+    return medians
+
+
+def run_fid(settings, run=None, net=None):
+    """FID as the coursework defines it: `fid_count` samples, classes as in the test set, against
+    all test pictures; with the protocol, and the floor: as many training pictures against the test
+    pictures. Returns FID, or None where its network can't be had; by then the samples are on disk.
+    """
+    run, net = open_run(settings, run, net)
+    count, data = settings.fid_count, run.data
+    labels = data.test_y[torch.arange(count, device=run.device) % len(data.test_y)]
+    clock = time.perf_counter()
+    x = sample_set(net, labels, **sampling(settings, run))
+    print(f"{count / (time.perf_counter() - clock):,.1f} samples/s")
+    save_samples(run.out / "fid-samples.npz", x, labels)
+    try:
+        network = load_inception(settings.inception).to(run.device)
+    except OSError as error:
+        print(f"error: {error}. The samples are kept in {run.out / 'fid-samples.npz'}")
+        return None
+    def statistics(x):
+        features = inception_features(network, x.to(run.device))
+        return features.mean(0), torch.cov(features.T)
+    kept = run.out / f"fid-reference-{count}.pt"            # the test pictures' and the floor
+    if not kept.exists():
+        test, draw = statistics(data.test_x), torch.Generator().manual_seed(0)
+        real = torch.randperm(len(data.train_y), generator=draw)[:count].to(run.device)
+        floor = frechet_distance(*statistics(data.train_x[real]), *test)
+        torch.save(dict(test=test, floor=floor), kept)
+    reference, s = torch.load(kept, weights_only=True), settings
+    fid = frechet_distance(*statistics(x), *reference["test"])
+    print(f"FID {fid:.3f}{' (under 10,000 samples: not comparable)' * (count < 10_000)}\n"
+          f"  {count:,} samples, {len(data.test_y):,} test pictures; Inception of 2015-12-05, SHA-256"
+          f" {INCEPTION_SHA256[:8]}; bicubic to 299 as clean-fid\n  schedule {s.sample_schedule}, "
+          f"{s.sample_steps} steps, eta {s.eta:g}, guidance {s.guidance:g}, clip {s.clip}, EMA "
+          f"{s.ema:g}, seed {s.sample_seed}\n  floor, as many real ones: {reference['floor']:.3f}")
+    return fid
+
+
+def run_schedules(settings):
+    """schedules.png: log-SNR against t of the three noise schedules [2.3]."""
+    t, out = torch.linspace(0, 1, 200), Path(settings.out)
+    out.mkdir(parents=True, exist_ok=True)
+    curves = {name: list(zip(t.tolist(), to_log_snr(t, name).tolist()))
+              for name in ("cosine", "linear", "spliced")}
+    plot(out / "schedules.png", curves, "Noise schedules", ("t", 0, 1), ("log-SNR", -20, 20))
+    print(out / "schedules.png")
+
+
+# ----------------------------------------------------------------------------------------------
+# 10. Command line
+# ----------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    """What `python diffusion.py ARGV` does; returns the result of the mode. Raises SystemExit, one
+    line, for a command that can't be meant."""
+    modes = dict(train=train, sample=run_sample, interpolate=run_interpolate,
+                 neighbours=run_neighbours, fid=run_fid, schedules=run_schedules)
+    parser = argparse.ArgumentParser("diffusion.py", description=__doc__.split("\n\n")[0],
+                                     allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser.error = lambda message: sys.exit(f"error: {message} (--help lists all flags)")
+    parser.add_argument("mode", nargs="?", choices=list(modes), default="train")
+    hints = get_type_hints(Settings, include_extras=True)
+    for name, hint in hints.items():
+        choices, text = get_args(hint.__origin__), f"; default {getattr(Settings, name)!r}"
+        kind = dict(choices=choices) if choices else dict(type=hint.__origin__)
+        parser.add_argument("--" + name.replace("_", "-"), help=hint.__metadata__[0] + text, **kind)
+    given = vars(parser.parse_args(argv))
+    mode, command = given.pop("mode"), "python diffusion.py " + shlex.join(argv or sys.argv[1:])
+    for name, value in given.items():
+        low, high = hints[name].__metadata__[1:] or (value, value)
+        if not low <= value <= high:                                      # nan fails as well
+            parser.error(f"--{name.replace('_', '-')} {value} is not within {low} to {high}")
+    data_set = "shapes" if given.get("data") == "shapes" else "cifar100"
+    given["out"] = given.get("out") or f"runs/diffusion-{data_set}"
+    if mode == "train":
+        return train(Settings(**given), command)
+    if mode != "schedules":   # a checkpoint knows how it was made, but not on which machine we are
+        made = load_checkpoint(Path(given["out"]) / "checkpoint.pt")["settings"]
+        fresh = {name: getattr(Settings, name) for name in FREE_TO_CHANGE[7:]}
+        given = {**made, **fresh, "device": "auto", **given}
+    return modes[mode](Settings(**given))
+
+
+if __name__ == "__main__":
+    main()
