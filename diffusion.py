@@ -253,13 +253,17 @@ class ResidualBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention among all places of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W)."""
+    """Self-attention among all places of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
 
-    def __init__(self, channels, heads=4):
+    A head for each 64 channels, and zeros in the last layer, so that it starts as the identity:
+    both our choice.
+    """
+
+    def __init__(self, channels):
         super().__init__()
-        self.heads, self.norm = heads, nn.GroupNorm(1, channels)
+        self.heads, self.norm = max(1, channels // 64), nn.GroupNorm(1, channels)
         self.qkv, self.out = nn.Conv2d(channels, 3 * channels, 1), nn.Conv2d(channels, channels, 1)
-        nn.init.zeros_(self.out.weight)                       # starts as the identity: our choice
+        for p in self.out.parameters(): nn.init.zeros_(p)
 
     def forward(self, x):
         heads = self.qkv(self.norm(x)).flatten(2).unflatten(1, (3, self.heads, -1))
@@ -299,7 +303,7 @@ class UNet(nn.Module):
 
     def __init__(self, classes=100, width=56, embedding=128, after_injection="regular"):
         super().__init__()
-        # Widths in steps of 8, for 8 groups and 4 heads: 56 gives 96 and 160.
+        # Widths in steps of 8, for 8 groups and whole heads: 56 gives 96 and 160.
         a, b, c = width, round(width * 12 / 7 / 8) * 8, round(width * 20 / 7 / 8) * 8
         conv = dict(regular=regular_conv, separable=separable_conv)[after_injection]
         block = functools.partial(ResidualBlock, conv=separable_conv)
@@ -316,7 +320,7 @@ class UNet(nn.Module):
         self.up2 = nn.Sequential(block(c + b, b), Attention(b), block(b, b))         # 16x16
         self.up1 = nn.Sequential(block(b + a, a), block(a, a))                       # 32x32
         self.out = nn.Sequential(nn.GroupNorm(8, a), nn.SiLU(), regular_conv(a, 3))
-        nn.init.zeros_(self.out[2].weight)      # the first guess is v = 0, v's mean: our choice
+        for p in self.out[2].parameters(): nn.init.zeros_(p)     # first guess v = 0: our choice
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
         assert count < MAX_PARAMETERS, f"{count:,} parameters, not under {MAX_PARAMETERS:,}"
 
@@ -846,7 +850,8 @@ def train(settings, command="python diffusion.py"):
         average = average.lerp(loss, max(0.02, 1 / step))
         # Up to here nothing waits for the device. Reading a number does, so only now and then.
         validate = step % settings.eval_every == 0 or step == steps
-        if not (step % settings.log_every == 0 or validate or received):
+        grid = step % settings.grid_every == 0 and step < steps
+        if not (step % settings.log_every == 0 or validate or grid or received):
             continue
         if not torch.isfinite(average + sum(p.detach().sum() for p in net.parameters())):
             sys.exit(f"\nerror: the loss is not finite at step {step:,}: lower --max-lr; the last "
@@ -873,7 +878,7 @@ def train(settings, command="python diffusion.py"):
                          random=random.get_state(), device=run.device.type)
             torch.save(state, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)     # `path` is always whole, old or new
-        if step % settings.grid_every == 0 and step < steps:
+        if grid:
             draw_demo(run.out / f"grid-{step:06}.png", average_net, run, settings)
         clock, clock_step = time.perf_counter(), step      # validation is not counted
     for number, handler in zip(numbers, handlers): signal.signal(number, handler)
@@ -1024,8 +1029,8 @@ def run_fid(settings, run=None, net=None):
     reference, s = torch.load(kept, weights_only=True), settings
     fid = frechet_distance(*statistics(x), *reference["test"])
     print(f"FID {fid:.3f}{' (under 10,000 samples: not comparable)' * (count < 10_000)}\n"
-          f"  {count:,} samples, {len(data.test_y):,} test pictures; Inception of 2015-12-05, SHA-256"
-          f" {INCEPTION_SHA256[:8]}; bicubic to 299 as clean-fid\n  schedule {s.sample_schedule}, "
+          f"  {count:,} samples, {len(data.test_y):,} test pictures; Inception 2015-12-05, SHA-256 "
+          f"{INCEPTION_SHA256[:8]}; bicubic to 299 as clean-fid\n  {s.sample_schedule} schedule, "
           f"{s.sample_steps} steps, eta {s.eta:g}, guidance {s.guidance:g}, clip {s.clip}, EMA "
           f"{s.ema:g}, seed {s.sample_seed}\n  floor, as many real ones: {reference['floor']:.3f}")
     return fid

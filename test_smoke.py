@@ -167,7 +167,7 @@ def test_readme_flags_exist():
         module = sys.modules[script[:-3]]
         known = {name.replace("_", "-") for name in module.Settings.__dataclass_fields__}
         for flag in re.findall(r"--([a-z][a-z-]*)", words):
-            assert flag in known, f"README: {script} has no --{flag}"
+            assert flag in known | {"help"}, f"README: {script} has no --{flag}"
 
 
 def test_header_and_top_level():
@@ -693,7 +693,8 @@ def test_splice_joint():
     t = torch.tensor([joint - 1e-6, joint + 1e-6], dtype=torch.double, requires_grad=True)
     value = diffusion.spliced_schedule(t)
     slope, = torch.autograd.grad(value.sum(), t)
-    assert abs(value[0] - value[1]) < 1e-4 and abs(slope[0] - slope[1]) < 1e-3 * abs(slope[0])
+    # The constants are of the cosine schedule with infinite ends, hence not closer than that.
+    assert abs(value[0] - value[1]) < 5e-4 and abs(slope[0] / slope[1] - 1) < 5e-4
     early, late = torch.tensor(0.3).double(), torch.tensor(0.9).double()
     torch.testing.assert_close(diffusion.spliced_schedule(early),
                                diffusion.cosine_schedule(1.31537545 * early))
@@ -1065,8 +1066,8 @@ def test_diffusion_learns():
         small_shapes(diffusion, monkey, train=6000, test=400)
         for mode in ("run_sample", "run_interpolate", "run_neighbours", "draw_demo"):
             monkey(diffusion, mode, lambda *args: None)
-        loss, _ = run(diffusion, "--data", "shapes", "--width", 16, "--steps", 260,
-                      "--max-lr", 4e-3, "--batch-size", 64, "--warm-up", 20, "--ema", 0.95, "--label-drop", 0,
+        loss, _ = run(diffusion, "--data", "shapes", "--width", 16, "--steps", 150,
+                      "--max-lr", 5e-3, "--batch-size", 64, "--warm-up", 20, "--ema", 0.95, "--label-drop", 0,
                       "--out", out)
         net = diffusion.UNet(width=16)
         net.load_state_dict(torch.load(f"{out}/checkpoint.pt", weights_only=True)["ema"])
