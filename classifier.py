@@ -669,11 +669,11 @@ def run_lr_find(settings, lowest=1e-5, highest=1.0, longest=200):
         print(f"step {step + 1:4}/{steps}  lr {rate:.2e}  loss {curve[-1][1]:.4f}", flush=True)
     # OneCycle stays near its peak for long, so keep clear of the rate at which the loss turns up:
     # a third of it (our choice).
-    (turn, least), top = min(curve, key=lambda point: point[1]), math.ceil(curve[0][1])
-    peak, place = 10 ** turn / 3, turn - math.log10(3)
-    curves = {"loss": [p for p in curve if p[1] < top], f"{peak:.1e}": [(place, 0), (place, top)]}
-    plot(run.out / "lr_find.png", curves, "Learning-rate range test", ("log10 of the rate", -5, 0),
-         ("training loss", 0, top))
+    turn, least = min(curve, key=lambda point: point[1])
+    peak, low, top = 10 ** turn / 3, math.floor(least), math.floor(curve[0][1]) + 1
+    curves = {"training loss": [(x, y) for x, y in curve if y < top],
+              f"proposed: {peak:.1e}": [(math.log10(peak), y) for y in (low, top)]}
+    plot(run.out / "lr_find.png", curves, "Range test", ("log10 lr", -5, 0), ("loss", low, top))
     print(f"proposed: --max-lr {peak:.1e}, a third of the rate of least loss, {least:.3f}")
     return peak
 

@@ -786,6 +786,17 @@ def test_sampler_on_gaussian():
             error = (var / count).sqrt()
             assert abs(x.mean() - m) < 4.5 * error, (eta, steps)
             assert abs(x.var() / var - 1) < 4.5 * (2 / count) ** 0.5, (eta, steps, x.var(), var)
+    # One noisy step and the last one, written out, with fresh noise that is known.
+    log_snr, eta = torch.tensor([-2.0, 0.5, 4.0]).double(), 0.7
+    alpha, sigma = (scale.flatten() for scale in diffusion.to_alpha_sigma(log_snr))
+    model, x = gaussian_model(mean, std), torch.tensor([0.8]).double().view(1, 1, 1, 1)
+    got = diffusion.sample(model, x, log_snr, eta, "none", draw=lambda x: 0 * x + 1.3)
+    for i in (0, 1):
+        v = model(x, log_snr[i:i + 1])
+        x0, eps = alpha[i] * x - sigma[i] * v, sigma[i] * x + alpha[i] * v
+        fresh = eta ** 2 * (sigma[1] / sigma[0]) ** 2 * (1 - (alpha[0] / alpha[1]) ** 2) * (i == 0)
+        x = alpha[i + 1] * x0 + (sigma[i + 1] ** 2 - fresh).sqrt() * eps + fresh ** 0.5 * 1.3
+    torch.testing.assert_close(got, x)
     # DDIM follows the exact path, x0 = mean + std * x1: its error falls about as 1/steps.
     x, errors = torch.linspace(-2, 2, 9).double().view(-1, 1, 1, 1), []
     for steps in (20, 40, 80):
