@@ -1077,7 +1077,7 @@ def test_diffusion_learns():
         small_shapes(diffusion, monkey, train=6000, test=400)
         for mode in ("run_sample", "run_interpolate", "run_neighbours", "draw_demo"):
             monkey(diffusion, mode, lambda *args: None)
-        loss, _ = run(diffusion, "--data", "shapes", "--width", 16, "--steps", 150,
+        loss, _ = run(diffusion, "--data", "shapes", "--width", 16, "--steps", 100,
                       "--max-lr", 5e-3, "--batch-size", 64, "--warm-up", 20, "--ema", 0.95, "--label-drop", 0,
                       "--out", out)
         net = diffusion.UNet(width=16)
