@@ -839,7 +839,7 @@ def train(settings, command="python diffusion.py"):
         flip, drop_label = torch.rand(2, batch, generator=random, device=run.device)
         x = torch.where(flip.view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)    # the one augmentation
         noise = torch.randn(x.shape, generator=random, device=run.device)
-        t = sobol.draw(batch)[:, 0].to(run.device)
+        t = sobol.draw(batch)[:, 0].to(run.device, non_blocking=True)
         assert step < MAX_STEPS, "the step budget is spent"
         rate = learning_rate(step, steps, settings.max_lr, settings.warm_up)
         optimiser.param_groups[0]["lr"] = rate
