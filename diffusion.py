@@ -694,7 +694,8 @@ def plot(path, curves, title, x_axis, y_axis):
         pen.line([at(x0, y), at(x1, y)], "#d8d8d8", 2)
         pen.text((at(x, y)[0], 810), f"{x:,g}", "#333", font, "mm")
         pen.text((115, at(x, y)[1]), f"{y:.4g}", "#333", font, "rm")
-    for (name, points), colour, height in zip(curves.items(), ("#d1495b", "#00798c"), (690, 735)):
+    colours = ("#d1495b", "#00798c", "#7a5195")                     # three curves at most
+    for (name, points), colour, height in zip(curves.items(), colours, (660, 705, 750)):
         pen.line([at(x, y) for x, y in points or [(x0, y0)]], colour, 5, "curve")
         pen.text((1370, height), name, colour, font, "rm")
     for place, text in ((765, 45), title), ((765, 865), x_label), ((90, 45), y_label):
