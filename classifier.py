@@ -28,7 +28,7 @@ Shapes in comments: B pictures, C channels, H x W pixels, T tokens of width D.
 Tags like [1.2.1] name the paper's section; `our choice` marks what the paper leaves open.
 References, numbered as in the paper: [5] RandAugment, [17] BatchNorm, [22] AdamW, [31, 41]
 depthwise-separable convolution, [32] gated MLPs, [33] range test, [34] OneCycle, [42] attention,
-[44] RMSNorm. Each function says what it takes and returns, and copies alone.
+[44] RMSNorm. Each function says what it takes; layers and `augment` copy alone.
 
 For CIFAR-10, write CIFAR10 for CIFAR100 in load_cifar: class count and names come from the data.
 """
@@ -167,16 +167,17 @@ def load_data(source, holdout=0, device="cpu"):
     checksum, val, share = zlib.crc32(x.numpy()), test, holdout // len(names)
     if holdout % len(names): sys.exit(f"error: --holdout {holdout}: not {len(names)} equal shares")
     if holdout:
-        # A random order, sorted by class without losing it: each class's first few are held out.
+        # A random order, sorted by class without losing it: each class's first few are held out. A
+        # mask picks them, so that both parts keep the data's own order, in which classes mix.
         mixed = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
         groups = mixed[y[mixed].argsort(stable=True)].split(y.bincount().tolist())
-        held, kept = (torch.cat([g[s] for g in groups]) for s in (slice(share), slice(share, None)))
-        val, x, y = (x[held], y[held]), x[kept], y[kept]
+        held = torch.isin(torch.arange(len(y)), torch.cat([g[:share] for g in groups]))
+        val, x, y = (x[held], y[held]), x[~held], y[~held]
     return Data(*(part.to(device) for part in (x, y, *val, *test)), names, checksum)
 
 
 def augment(x, operations=1, magnitude=2, group=16, pad=4):
-    """RandAugment [5], random crop and flip [1.2.2]: uint8 (B,3,H,W) -> uint8 (B,3,H,W).
+    """RandAugment [1.2.2, 5], then random crop and flip (our choice): uint8 (B,3,H,W), as before.
 
     Draws from torch's CPU generator alone, so a seed means the same on every device. RandAugment
     chooses its operations on the host; picture by picture that costs more than a training step. So
@@ -222,8 +223,8 @@ def depthwise_separable(c_in, c_out, filters=1, strided=False, activation=nn.SiL
     """Depthwise-separable convolution [31, 41]: (B,c_in,H,W) -> (B,c_out,H,W); strided: H/2, W/2.
 
     A 3x3 convolution costs 9 * c_in * c_out weights. Split in two, first 3x3 filters a channel
-    (space), then a 1x1 mixture of channels (features), it costs 9 * c_in + c_in * c_out: almost
-    nine times less. BatchNorm [17] and activation follow each half, as in MobileNet (our choice).
+    (space), then a 1x1 mixture of channels (features), it costs 9 * c_in + c_in * c_out: about
+    eight times less. BatchNorm [17] and activation follow each half, as in MobileNet (our choice).
     `filters` a channel: three colours alone would leave the mixture too little to mix. `strided`
     is the paper's "4,2,1" [1.2.2]: kernel, stride, padding, instead of max-pooling.
     """
@@ -360,7 +361,7 @@ def parameter_table(net):
 # ----------------------------------------------------------------------------------------------
 
 def make_optimiser(net, weight_decay):
-    """AdamW [22] with L2 on matrices and filters [1.2.2], none on norms and biases.
+    """AdamW [22]: decoupled weight decay, the paper's "L2" [1.2.2], on matrices and filters only.
 
     A norm's gain sets a scale; pulling it to 0 fights the norm (our choice). The learning rate
     comes from the schedule.
@@ -401,15 +402,15 @@ def evaluate(net, x, y, prepare, bf16=False, label_smoothing=0.0):
     """`Figures` of `net` on pictures x, uint8 (N,3,32,32), with labels y (N,).
 
     `prepare` turns some of x into the network's input. The batches are as large as divides N, up
-    to 1,024 as in the paper. Leaves `net` in evaluation mode.
+    to 1,024, the paper's training batch. Leaves `net` in evaluation mode.
     """
     net, parts = net.eval(), []
     for some, target in zip(x.split(250), y.split(250)):           # small: less memory, and faster
         with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
             logits = net(prepare(some)).float()
         loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
-        better = (logits > logits.gather(1, target[:, None])).sum(1)    # classes ahead of the truth
-        parts.append(torch.stack([loss, (better < 1).float(), (better < 5).float()]))
+        hits = logits.topk(5).indices == target[:, None]      # (B,5): ties don't favour the truth
+        parts.append(torch.stack([loss, hits[:, 0].float(), hits.any(1).float()]))
     parts = torch.cat(parts, dim=1).cpu().double()                      # (3,N); MPS has no double
     batch = next(size for size in range(min(1024, len(y)), 0, -1) if len(y) % size == 0)
     spread = parts[1].view(-1, batch).mean(1).std(correction=0).item()
@@ -586,11 +587,11 @@ def train(settings, command="python classifier.py", only_measure=False):
     order, average = order.to(run.device), average.to(run.device)
 
     # Ctrl-C and SIGTERM leave a note, and the loop ends after its step. A second one kills at once.
-    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    received, numbers, stop = [], (signal.SIGINT, signal.SIGTERM), only_measure
     take_note = lambda number, _: (received.append(number), signal.signal(number, signal.SIG_DFL))
     handlers = [signal.signal(number, take_note) for number in numbers]
     clock, clock_step = time.perf_counter(), step
-    while step < steps and not received and not only_measure:
+    while step < steps and not stop:
         if position + batch > len(order):            # a rest smaller than a batch is left out
             order, position = torch.randperm(len(order)).to(run.device), 0
         chosen = order[position:position + batch]
@@ -601,8 +602,8 @@ def train(settings, command="python classifier.py", only_measure=False):
         step, position = step + 1, position + batch
         average = average.lerp(loss, max(0.02, 1 / step))
         # Up to here nothing waits for the device. Reading a number does, so only now and then.
-        validate = step % settings.eval_every == 0 or step == steps
-        if not (step % settings.log_every == 0 or validate or received):
+        validate, stop = step % settings.eval_every == 0 or step == steps, bool(received)
+        if not (step % settings.log_every == 0 or validate or stop):
             continue
         if not torch.isfinite(average + sum(p.detach().sum() for p in net.parameters())):
             sys.exit(f"\nerror: the loss is not finite at step {step:,}: lower --max-lr (lr-find "
@@ -622,7 +623,7 @@ def train(settings, command="python classifier.py", only_measure=False):
         print(line, end="\r" if sys.stdout.isatty() and not validate else "\n", flush=True)
         history.append(row)
         write_log(run.out, history, steps)
-        if validate or received:
+        if validate or stop:
             state = dict(made=run.made, settings=dataclasses.asdict(settings), net=net.state_dict(),
                          optimiser=optimiser.state_dict(), schedule=schedule.state_dict(),
                          progress=(step, position, seconds, history, order, average),

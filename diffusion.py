@@ -827,12 +827,12 @@ def train(settings, command="python diffusion.py"):
     print(f"parameters:\n{parameter_table(net)}\n{path}: {step:,} of {steps:,} steps done")
 
     # Ctrl-C and SIGTERM leave a note, and the loop ends after its step. A second one kills at once.
-    received, numbers = [], (signal.SIGINT, signal.SIGTERM)
+    received, numbers, stop = [], (signal.SIGINT, signal.SIGTERM), False
     take_note = lambda number, _: (received.append(number), signal.signal(number, signal.SIG_DFL))
     handlers = [signal.signal(number, take_note) for number in numbers]
     net.train()
     clock, clock_step = time.perf_counter(), step
-    while step < steps and not received:
+    while step < steps and not stop:
         if position + batch > len(order):            # a rest smaller than a batch is left out
             order, position = shuffle(), 0
         chosen = order[position:position + batch]
@@ -850,9 +850,9 @@ def train(settings, command="python diffusion.py"):
         step, position = step + 1, position + batch
         average = average.lerp(loss, max(0.02, 1 / step))
         # Up to here nothing waits for the device. Reading a number does, so only now and then.
-        validate = step % settings.eval_every == 0 or step == steps
+        validate, stop = step % settings.eval_every == 0 or step == steps, bool(received)
         grid = step % settings.grid_every == 0 and step < steps
-        if not (step % settings.log_every == 0 or validate or grid or received):
+        if not (step % settings.log_every == 0 or validate or grid or stop):
             continue
         if not torch.isfinite(average + sum(p.detach().sum() for p in net.parameters())):
             sys.exit(f"\nerror: the loss is not finite at step {step:,}: lower --max-lr; the last "
@@ -871,7 +871,7 @@ def train(settings, command="python diffusion.py"):
         print(line, end="\r" if sys.stdout.isatty() and not validate else "\n", flush=True)
         history.append(row)
         write_log(run.out, history, steps)
-        if validate or received:
+        if validate or stop:
             state = dict(made=run.made, settings=dataclasses.asdict(settings), net=net.state_dict(),
                          ema=average_net.state_dict(), optimiser=optimiser.state_dict(),
                          progress=(step, position, seconds, history, order, average),

@@ -373,6 +373,7 @@ def test_holdout():
         again = classifier.load_data("shapes", 1000)
     assert len(data.val_y) == 1000 and (data.val_y.bincount(minlength=100) == 10).all()
     assert len(data.train_y) == 5000 and same(list(data), list(again))
+    assert len(data.train_y[:1000].unique()) > 90          # in mixed order, not class after class
     pictures = {x.numpy().tobytes() for x in whole.train_x}
     kept, held = ({x.numpy().tobytes() for x in part} for part in (data.train_x, data.val_x))
     assert kept | held == pictures and not kept & held
