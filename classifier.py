@@ -32,7 +32,7 @@ depthwise-separable convolution, [32] gated MLPs, [33] range test, [34] OneCycle
 
 For CIFAR-10, write CIFAR10 for CIFAR100 in load_cifar: class count and names come from the data.
 """
-import argparse, collections, copy, dataclasses, functools, math, os, shlex, signal, sys, time, zlib
+import argparse, collections, copy, dataclasses, datetime, math, os, shlex, signal, sys, time, zlib
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
 
@@ -55,7 +55,7 @@ class Settings:
     The defaults are the paper's design. Its optimal values are "in the provided implementation"
     [1.2.2], which is not public, so all numbers but batch size, steps and layers are our choice.
     """
-    data: Annotated[str, "folder of CIFAR-100 (downloaded into it if missing), or: shapes"] = "data"
+    data: Annotated[str, "folder of CIFAR-100 (downloaded if missing), or shapes: see SHAPES"] = "data"
     out: Annotated[str, "folder to write to; empty: runs/classifier-<data set>"] = ""
     holdout: Annotated[int, "training pictures kept for validation; 0: test set", 0, 25_000] = 0
     seed: Annotated[int, "decides weights, data order and augmentation", 0, 2**31] = 0
@@ -86,6 +86,9 @@ class Settings:
 # These don't shape the result, so they may change when a run goes on. (The pictures themselves
 # are compared by checksum, wherever they lie.)
 FREE_TO_CHANGE = ("data", "out", "device", "compile", "log_every", "eval_every")
+
+# The drawn shapes are learnt in minutes, on a CPU too: defaults in their case.
+SHAPES = dict(steps=250, batch_size=128, eval_every=125)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -140,7 +143,7 @@ def draw_shapes(count, seed):
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *size: low + (high - low) * torch.rand(*size, generator=draw)
     y = torch.randint(len(shapes) * len(colours), (count,), generator=draw)
-    size = uniform(6, 12, count, 1, 1)                                         # half, in pixels
+    size = uniform(8, 13, count, 1, 1)                                         # half, in pixels
     middle = 15.5 + uniform(-1, 1, 2, count, 1, 1) * (15.5 - size)             # wholly inside
     u = (torch.arange(32.0) - middle[0]) / size                                # (count,1,32)
     v = (middle[1] - torch.arange(32.0)[:, None]) / size                       # (count,32,1)
@@ -149,8 +152,7 @@ def draw_shapes(count, seed):
         of = y // len(colours) == i
         cover[of, 0] = (0.5 - f(u[of], v[of]) * size[of]).clamp(0, 1)
     paint = torch.tensor([ImageColor.getrgb(name) for name in colours])[y % len(colours)].float()
-    x = uniform(20, 90, count, 1, 1, 1) + 8 * torch.randn(count, 3, 32, 32, generator=draw)
-    x = x.lerp_(paint[:, :, None, None].expand_as(x), cover.expand_as(x)).clamp_(0, 255).byte()
+    x = uniform(20, 90, count, 1, 1, 1).lerp(paint[:, :, None, None], cover).byte()    # on grey
     return x, y, [f"{colour} {shape}" for shape in shapes for colour in colours]
 
 
@@ -425,7 +427,7 @@ def report(net, run, settings, with_test=False):
     higher: the two are of different criteria. Here both are plain cross-entropy on pictures left
     as they are; the criterion that training minimises stands beside them under its own name.
     """
-    data, measure = run.data, functools.partial(evaluate, net, prepare=run.prepare, bf16=run.bf16)
+    data, measure = run.data, lambda x, y: evaluate(net, x, y, run.prepare, run.bf16)
     fit, val = measure(data.train_x, data.train_y), measure(data.val_x, data.val_y)
     with torch.random.fork_rng():                    # the same augmentation whenever this is asked
         torch.manual_seed(settings.seed)
@@ -525,7 +527,7 @@ def set_up(settings):
     # bf16 has fp32's range, so unlike fp16 it needs no loss scaling; emulated, it is only slow.
     bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     print(f"torch {torch.__version__} on {kind}, {'bf16' if bf16 else 'fp32'}; {most:,} pictures")
-    prepare = functools.partial(normalise, **channel_statistics(data.train_x))
+    prepare = lambda x, scale=channel_statistics(data.train_x): normalise(x, **scale)
     noisy = lambda x: prepare(augment(x, settings.randaugment_ops, settings.randaugment_magnitude))
     made = {**dataclasses.asdict(settings), **dict.fromkeys(FREE_TO_CHANGE), "data": data.checksum}
     return Run(torch.device(kind), bf16, out, data, prepare, noisy, made)
@@ -546,14 +548,13 @@ def make_network(settings, run):
             net = Classifier(len(run.data.names), width, **variant)
             break
         except AssertionError as error:
-            if settings.width:
-                sys.exit(f"error: {error}")
+            if settings.width: sys.exit(f"error: {error}")
     net.to(run.device, memory_format=torch.channels_last)
     if settings.compile == "on" or (settings.compile == "auto" and run.device.type == "cuda"):
         try:
             (probe := copy.deepcopy(net)).compile()
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-                probe(torch.zeros(8, 3, 32, 32, device=run.device)).sum().backward()
+                probe(run.prepare(run.data.train_x[:settings.batch_size])).sum().backward()
             net.compile()
         except Exception as error:
             print(f"torch.compile doesn't work here ({type(error).__name__}): going on without")
@@ -610,7 +611,7 @@ def train(settings, command="python classifier.py", only_measure=False):
                      "proposes one); the last good checkpoint, if any, is kept")
         took = time.perf_counter() - clock
         seconds, speed = seconds + took, (step - clock_step) * batch / took
-        left = time.strftime("%H:%M:%S", time.gmtime((steps - step) * batch / speed))
+        left = datetime.timedelta(seconds=int((steps - step) * batch / speed))
         row = dict(step=step, loss=average.item(), lr=schedule.get_last_lr()[0], images_per_s=speed)
         line = (f"step {step:6,}/{steps:,}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
                 f"{speed:7,.0f} images/s  left {left}")
@@ -635,9 +636,9 @@ def train(settings, command="python classifier.py", only_measure=False):
     if received and step < steps:
         print(f"\nstopped after step {step:,}, all saved in {path}. To go on:\n  {command}")
         sys.exit(128 + received[0])
-    memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else math.nan
-    print(f"{step * batch:,} pictures in {seconds:,.1f} s, {step * batch / seconds:,.0f} images/s, "
-          f"peak memory on CUDA {memory:,.0f} MiB; measuring ...", flush=True)
+    if run.device.type == "cuda": print(f"peak {torch.cuda.max_memory_allocated() >> 20:,} MiB")
+    print(f"{step * batch:,} pictures in {seconds:,.1f} s, {step * batch / seconds:,.0f} images/s; "
+          "measuring ...", flush=True)
     print(result := report(net, run, settings, with_test=only_measure))
     return result
 
@@ -701,8 +702,9 @@ def main(argv=None):
         low, high = hints[name].__metadata__[1:] or (value, value)
         if not low <= value <= high:                                      # nan fails as well
             parser.error(f"--{name.replace('_', '-')} {value} is not within {low} to {high}")
-    data_set = "shapes" if given.get("data") == "shapes" else "cifar100"
-    given["out"] = given.get("out") or f"runs/classifier-{data_set}"
+    shapes = given.get("data") == "shapes"
+    given["out"] = given.get("out") or f"runs/classifier-{'shapes' if shapes else 'cifar100'}"
+    if shapes and mode != "eval": given = {**SHAPES, **given}
     if mode == "lr-find": return run_lr_find(Settings(**given))
     if mode == "eval":        # a checkpoint knows how it was made, but not on which machine we are
         made = load_checkpoint(Path(given["out"]) / "checkpoint.pt")["settings"]

@@ -40,8 +40,8 @@ Each function says what it takes and returns, and copies alone.
 
 For CIFAR-10, write CIFAR10 for CIFAR100 in load_cifar: class count and names come from the data.
 """
-import argparse, copy, collections, concurrent.futures, dataclasses, functools, hashlib, math, os
-import shlex, signal, sys, time, zlib
+import argparse, copy, collections, concurrent.futures, dataclasses, datetime, functools, hashlib
+import math, os, shlex, signal, sys, time, zlib
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_type_hints
 
@@ -67,7 +67,7 @@ class Settings:
 
     The defaults are the paper's design; where it names no number, they are our choice.
     """
-    data: Annotated[str, "folder of CIFAR-100 (downloaded into it if missing), or: shapes"] = "data"
+    data: Annotated[str, "folder of CIFAR-100 (downloaded if missing), or shapes: see SHAPES"] = "data"
     out: Annotated[str, "folder to write to; empty: runs/diffusion-<data set>"] = ""
     seed: Annotated[int, "decides weights, data order, noise and samples", 0, 2**31] = 0
     device: Annotated[Literal["auto", "cuda", "mps", "cpu"], "where to compute"] = "auto"
@@ -104,6 +104,9 @@ class Settings:
 FREE_TO_CHANGE = ("data", "out", "device", "compile", "log_every", "eval_every", "grid_every",
                   "sample_schedule", "sample_steps", "eta", "guidance", "clip", "classes", "count",
                   "sample_seed", "sample_batch", "fid_count", "inception")
+
+# The drawn shapes are learnt by a small network in minutes, on a CPU too: defaults in their case.
+SHAPES = dict(steps=600, batch_size=64, eval_every=200)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -157,7 +160,7 @@ def draw_shapes(count, seed):
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *size: low + (high - low) * torch.rand(*size, generator=draw)
     y = torch.randint(len(shapes) * len(colours), (count,), generator=draw)
-    size = uniform(6, 12, count, 1, 1)                                         # half, in pixels
+    size = uniform(8, 13, count, 1, 1)                                         # half, in pixels
     middle = 15.5 + uniform(-1, 1, 2, count, 1, 1) * (15.5 - size)             # wholly inside
     u = (torch.arange(32.0) - middle[0]) / size                                # (count,1,32)
     v = (middle[1] - torch.arange(32.0)[:, None]) / size                       # (count,32,1)
@@ -166,8 +169,7 @@ def draw_shapes(count, seed):
         of = y // len(colours) == i
         cover[of, 0] = (0.5 - f(u[of], v[of]) * size[of]).clamp(0, 1)
     paint = torch.tensor([ImageColor.getrgb(name) for name in colours])[y % len(colours)].float()
-    x = uniform(20, 90, count, 1, 1, 1) + 8 * torch.randn(count, 3, 32, 32, generator=draw)
-    x = x.lerp_(paint[:, :, None, None].expand_as(x), cover.expand_as(x)).clamp_(0, 255).byte()
+    x = uniform(20, 90, count, 1, 1, 1).lerp(paint[:, :, None, None], cover).byte()    # on grey
     return x, y, [f"{colour} {shape}" for shape in shapes for colour in colours]
 
 
@@ -604,17 +606,16 @@ def nearest_neighbours(queries, pictures, k=1, chunk=250):
     flat = lambda x: x.flatten(1).float()
     found = []
     for some in queries.split(chunk):
-        both, best = torch.cat([flat(some), flat(some.flip(-1))]), []                   # (2q,D)
+        best = []
         for first in range(0, len(pictures), 5000):
             part = flat(pictures[first:first + 5000])
-            square = both.square().sum(1)[:, None] - 2 * both @ part.T + part.square().sum(1)
-            value, i = square.topk(min(k, len(part)), dim=1, largest=False)
-            best.append((value, i + first))
-        value, i = (torch.cat(parts, 1) for parts in zip(*best))                # (2q, k a chunk)
-        value, i = torch.cat(value.split(len(some)), 1), torch.cat(i.split(len(some)), 1)
-        order = value.topk(k, dim=1, largest=False).indices
-        flipped, i = order >= value.shape[1] // 2, i.gather(1, order)
-        # The squares above cancel badly for near copies: take the winners' distances again.
+            for flip, query in enumerate((some, some.flip(-1))):
+                value, i = torch.cdist(flat(query), part).topk(min(k, len(part)), largest=False)
+                best.append((value, i + first, torch.full_like(i, flip, dtype=torch.bool)))
+        value, i, flipped = (torch.cat(parts, dim=1) for parts in zip(*best))   # (q, 2k a chunk)
+        nearest = value.topk(k, largest=False).indices
+        i, flipped = i.gather(1, nearest), flipped.gather(1, nearest)
+        # cdist multiplies matrices, which cancels badly for near copies: measure the winners again.
         turned = torch.where(flipped[..., None], flat(some.flip(-1))[:, None], flat(some)[:, None])
         exact = (turned - flat(pictures[i.flatten()]).view(*i.shape, -1)).norm(dim=2)
         found.append((exact, i, flipped))
@@ -765,9 +766,9 @@ def make_network(settings, run):
     if settings.compile == "on" or (settings.compile == "auto" and run.device.type == "cuda"):
         try:
             (probe := copy.deepcopy(net)).compile()
-            x, y = torch.zeros(8, 3, 32, 32), torch.zeros(8, dtype=torch.long)
+            x, y = (part[:settings.batch_size] for part in run.data[:2])
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
-                probe(*(part.to(run.device) for part in (x, x[:, 0, 0, 0], y))).sum().backward()
+                probe(to_model(x), y.float(), y).sum().backward()
             net.compile()
         except Exception as error:
             print(f"torch.compile doesn't work here ({type(error).__name__}): going on without")
@@ -813,17 +814,16 @@ def train(settings, command="python diffusion.py"):
     # loss, over some 50 steps.
     random = torch.Generator(run.device).manual_seed(settings.seed)
     shuffle = lambda: torch.randperm(len(data.train_y), generator=random, device=run.device)
-    step, position, seconds, history = 0, 0, 0.0, []
-    order, average = shuffle(), torch.zeros((), device=run.device)
+    step, position, seconds, history, order, average = 0, 0, 0.0, [], shuffle(), torch.zeros(())
     if path.exists():
         state = load_checkpoint(path, run.made, net)
         average_net.load_state_dict(state["ema"])
         optimiser.load_state_dict(state["optimiser"])
         step, position, seconds, history, order, average = state["progress"]
-        order, average = order.to(run.device), average.to(run.device)
         sobol.fast_forward(step * batch)
         if state["device"] == run.device.type:                # each kind of device has its own kind
             random.set_state(state["random"])
+    order, average = order.to(run.device), average.to(run.device)
     print(f"parameters:\n{parameter_table(net)}\n{path}: {step:,} of {steps:,} steps done")
 
     # Ctrl-C and SIGTERM leave a note, and the loop ends after its step. A second one kills at once.
@@ -859,7 +859,7 @@ def train(settings, command="python diffusion.py"):
                      "good checkpoint, if any, is kept")
         took = time.perf_counter() - clock
         seconds, speed = seconds + took, (step - clock_step) * batch / took
-        left = time.strftime("%H:%M:%S", time.gmtime((steps - step) * batch / speed))
+        left = datetime.timedelta(seconds=int((steps - step) * batch / speed))
         row = dict(step=step, loss=average.item(), lr=rate, images_per_s=speed)
         line = (f"step {step:6,}/{steps:,}  loss {row['loss']:.4f}  lr {rate:.2e}  "
                 f"{speed:7,.0f} images/s  left {left}")
@@ -886,17 +886,14 @@ def train(settings, command="python diffusion.py"):
     if received and step < steps:
         print(f"\nstopped after step {step:,}, all saved in {path}. To go on:\n  {command}")
         sys.exit(128 + received[0])
-    memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else math.nan
-    print(f"{step * batch:,} pictures in {seconds:,.1f} s, {step * batch / seconds:,.0f} images/s, "
-          f"peak memory on CUDA {memory:,.0f} MiB")
+    print(f"{step * batch:,} pictures in {seconds:,.1f} s, {step * batch / seconds:,.0f} images/s")
+    if run.device.type == "cuda": print(f"peak {torch.cuda.max_memory_allocated() >> 20:,} MiB")
     draw_demo(run.out / f"grid-{step:06}.png", average_net, run, settings)
     for mode in (run_sample, run_interpolate, run_neighbours):
         mode(settings, run, average_net)
     # FID wants 10,000 samples, hours on a CPU, and has no meaning for drawn shapes.
-    if run.device.type == "cpu" or settings.data == "shapes":
-        print("FID is left out here; `python diffusion.py fid` computes it")
-    else:
-        run_fid(settings, run, average_net)
+    if run.device.type != "cpu" and settings.data != "shapes": run_fid(settings, run, average_net)
+    else: print("FID is left out here; `python diffusion.py fid` computes it")
     return history[-1]["val_loss"]
 
 
@@ -912,12 +909,23 @@ def write_log(out, history, steps):
 
 
 def sampling(settings, run):
-    """What sample_set takes from the settings, as keywords."""
+    """What sample_set takes from the settings, as keywords; `say` prints progress and speed."""
+    clock = time.perf_counter()
     def say(done, count):
-        print(f"sampled {done:,} of {count:,}", end="\r" if done < count else "\n", flush=True)
+        speed, end = done / (time.perf_counter() - clock), "\r" if done < count else "\n"
+        print(f"sampled {done:,} of {count:,}, {speed:,.1f} a second", end=end, flush=True)
     return dict(seed=settings.sample_seed, schedule=settings.sample_schedule, bf16=run.bf16,
                 steps=settings.sample_steps, eta=settings.eta, guidance=settings.guidance,
                 clip=settings.clip, batch=settings.sample_batch, say=say)
+
+
+def choose_labels(settings, run, count):
+    """Class numbers (count,) on the device: the classes asked for in turn, or if none were, all of
+    them in an order drawn from the seed of samples."""
+    random = torch.Generator().manual_seed(settings.sample_seed)
+    order = torch.randperm(len(run.data.names), generator=random).tolist()
+    classes = find_classes(settings.classes, run.data.names) or order
+    return torch.tensor([classes[i % len(classes)] for i in range(count)], device=run.device)
 
 
 def draw_demo(path, net, run, settings):
@@ -931,27 +939,19 @@ def draw_demo(path, net, run, settings):
     print(f"{path}: " + ", ".join(names[i] for i in classes))
 
 
-def open_run(settings, run=None, net=None):
-    """(run, averaged network) from the checkpoint, or those given."""
-    if net is None:
-        run = set_up(settings)
-        net = make_network(settings, run)
-        net.load_state_dict(load_checkpoint(run.out / "checkpoint.pt", run.made, net)["ema"])
-    return run, net.eval()
+def open_run(settings):
+    """(run, averaged network) from the checkpoint that `settings` belong to."""
+    run = set_up(settings)
+    net = make_network(settings, run)
+    net.load_state_dict(load_checkpoint(run.out / "checkpoint.pt", run.made)["ema"])
+    return run, net
 
 
-def run_sample(settings, run=None, net=None):
+def run_sample(settings, run, net):
     """Sample `count` pictures, none picked: samples.png (400 at most) and, for other tools,
     samples.npz with `samples` uint8 (N,32,32,3) and `labels`. Returns the pictures."""
-    run, net = open_run(settings, run, net)
-    classes = find_classes(settings.classes, run.data.names) or range(len(run.data.names))
-    labels = torch.tensor([classes[i % len(classes)] for i in range(settings.count)])
-    if not settings.classes:                           # a random class for each, in equal chances
-        labels = torch.randint(len(classes), (settings.count,),
-                               generator=torch.Generator().manual_seed(settings.sample_seed))
-    clock = time.perf_counter()
-    x = sample_set(net, labels.to(run.device), **sampling(settings, run))
-    print(f"{len(x) / (time.perf_counter() - clock):,.1f} samples/s")
+    labels = choose_labels(settings, run, settings.count)
+    x = sample_set(net, labels, **sampling(settings, run))
     save_samples(run.out / "samples.npz", x, labels)
     save_grid(run.out / "samples.png", x[:400], columns=max(8, math.isqrt(min(len(x), 400))))
     print(f"{run.out / 'samples.png'}, {run.out / 'samples.npz'}")
@@ -963,32 +963,27 @@ def save_samples(path, x, labels):
     np.savez_compressed(path, samples=x.permute(0, 2, 3, 1).numpy(), labels=labels.cpu().numpy())
 
 
-def run_interpolate(settings, run=None, net=None, pairs=8):
+def run_interpolate(settings, run, net, pairs=8):
     """Figure 3, middle: interpolations.png, a row a pair, ends included. Returns the pictures."""
-    run, net = open_run(settings, run, net)
-    classes = find_classes(settings.classes, run.data.names)
+    labels = choose_labels(settings, run, 2 * pairs).view(pairs, 2).T
     random = torch.Generator().manual_seed(settings.sample_seed)
-    labels = torch.randint(len(run.data.names), (2, pairs), generator=random)
-    if classes:
-        labels = torch.tensor((classes * 2 * pairs)[:2 * pairs]).view(pairs, 2).T
     ends = torch.randn(2, pairs, 3, 32, 32, generator=random).to(run.device)
-    x = interpolate(net, ends, labels.to(run.device), **sampling(settings, run))
+    x = interpolate(net, ends, labels, **sampling(settings, run))
     save_grid(run.out / "interpolations.png", x, columns=10)
     print(run.out / "interpolations.png")
     return x
 
 
-def run_neighbours(settings, run=None, net=None, shown=16, k=4):
+def run_neighbours(settings, run, net, shown=16, k=4):
     """Figure 3, right: neighbours.png, samples each with its k nearest training pictures beside it.
 
     Says the median nearest distance of the samples and that of test pictures: a network that copies
     the training set comes nearer to it than new photographs do [2.5]. Returns both medians.
     """
-    run, net = open_run(settings, run, net)
-    random = torch.Generator().manual_seed(settings.sample_seed)
-    labels = torch.randint(len(run.data.names), (settings.count,), generator=random)
-    x = sample_set(net, labels.to(run.device), **sampling(settings, run)).to(run.device)
+    labels = choose_labels(settings, run, settings.count)
+    x = sample_set(net, labels, **sampling(settings, run)).to(run.device)
     distance, index, flipped = nearest_neighbours(x, run.data.train_x, k)
+    random = torch.Generator().manual_seed(settings.sample_seed)
     test = torch.randperm(len(run.data.test_y), generator=random)[:max(settings.count, 500)]
     test_distance, _, _ = nearest_neighbours(run.data.test_x[test.to(run.device)], run.data.train_x)
     near = run.data.train_x[index[:shown].flatten()]
@@ -1001,17 +996,14 @@ def run_neighbours(settings, run=None, net=None, shown=16, k=4):
     return medians
 
 
-def run_fid(settings, run=None, net=None):
+def run_fid(settings, run, net):
     """FID as the coursework defines it: `fid_count` samples, classes as in the test set, against
     all test pictures; with the protocol, and the floor: as many training pictures against the test
     pictures. Returns FID, or None where its network can't be had; by then the samples are on disk.
     """
-    run, net = open_run(settings, run, net)
     count, data = settings.fid_count, run.data
     labels = data.test_y[torch.arange(count, device=run.device) % len(data.test_y)]
-    clock = time.perf_counter()
     x = sample_set(net, labels, **sampling(settings, run))
-    print(f"{count / (time.perf_counter() - clock):,.1f} samples/s")
     save_samples(run.out / "fid-samples.npz", x, labels)
     try:
         network = load_inception(settings.inception).to(run.device)
@@ -1037,9 +1029,9 @@ def run_fid(settings, run=None, net=None):
     return fid
 
 
-def run_schedules(settings):
-    """schedules.png: log-SNR against t of the three noise schedules [2.3]."""
-    t, out = torch.linspace(0, 1, 200), Path(settings.out)
+def run_schedules(out):
+    """schedules.png in the folder `out`: log-SNR against t of the three noise schedules [2.3]."""
+    t, out = torch.linspace(0, 1, 200), Path(out)
     out.mkdir(parents=True, exist_ok=True)
     curves = {name: list(zip(t.tolist(), to_log_snr(t, name).tolist()))
               for name in ("cosine", "linear", "spliced")}
@@ -1054,12 +1046,13 @@ def run_schedules(settings):
 def main(argv=None):
     """What `python diffusion.py ARGV` does; returns the result of the mode. Raises SystemExit, one
     line, for a command that can't be meant."""
-    modes = dict(train=train, sample=run_sample, interpolate=run_interpolate,
-                 neighbours=run_neighbours, fid=run_fid, schedules=run_schedules)
+    modes = dict(sample=run_sample, interpolate=run_interpolate, neighbours=run_neighbours,
+                 fid=run_fid)                             # these need a trained network
     parser = argparse.ArgumentParser("diffusion.py", description=__doc__.split("\n\n")[0],
                                      allow_abbrev=False, argument_default=argparse.SUPPRESS)
     parser.error = lambda message: sys.exit(f"error: {message} (--help lists all flags)")
-    parser.add_argument("mode", nargs="?", choices=list(modes), default="train")
+    parser.add_argument("mode", nargs="?", default="train",
+                        choices=["train", *modes, "schedules"])
     hints = get_type_hints(Settings, include_extras=True)
     for name, hint in hints.items():
         choices, text = get_args(hint.__origin__), f"; default {getattr(Settings, name)!r}"
@@ -1071,15 +1064,15 @@ def main(argv=None):
         low, high = hints[name].__metadata__[1:] or (value, value)
         if not low <= value <= high:                                      # nan fails as well
             parser.error(f"--{name.replace('_', '-')} {value} is not within {low} to {high}")
-    data_set = "shapes" if given.get("data") == "shapes" else "cifar100"
-    given["out"] = given.get("out") or f"runs/diffusion-{data_set}"
-    if mode == "train":
-        return train(Settings(**given), command)
-    if mode != "schedules":   # a checkpoint knows how it was made, but not on which machine we are
-        made = load_checkpoint(Path(given["out"]) / "checkpoint.pt")["settings"]
-        fresh = {name: getattr(Settings, name) for name in FREE_TO_CHANGE[7:]}
-        given = {**made, **fresh, "device": "auto", **given}
-    return modes[mode](Settings(**given))
+    shapes = given.get("data") == "shapes"
+    given["out"] = given.get("out") or f"runs/diffusion-{'shapes' if shapes else 'cifar100'}"
+    if shapes and mode == "train": given = {**SHAPES, **given}
+    if mode == "train": return train(Settings(**given), command)
+    if mode == "schedules": return run_schedules(given["out"])
+    # A checkpoint knows how it was made, but not on which machine we are.
+    made = load_checkpoint(Path(given["out"]) / "checkpoint.pt")["settings"]
+    settings = Settings(**{**made, "device": "auto", "classes": "", **given})
+    return modes[mode](settings, *open_run(settings))
 
 
 if __name__ == "__main__":
