@@ -55,7 +55,7 @@ class Settings:
     The defaults are the paper's design. Its optimal values are "in the provided implementation"
     [1.2.2], which is not public, so all numbers but batch size, steps and layers are our choice.
     """
-    data: Annotated[str, "folder of CIFAR-100 (downloaded if missing), or shapes: see SHAPES"] = "data"
+    data: Annotated[str, "folder of CIFAR-100 (downloaded if none), or shapes: see SHAPES"] = "data"
     out: Annotated[str, "folder to write to; empty: runs/classifier-<data set>"] = ""
     holdout: Annotated[int, "training pictures kept for validation; 0: test set", 0, 25_000] = 0
     seed: Annotated[int, "decides weights, data order and augmentation", 0, 2**31] = 0
@@ -143,7 +143,7 @@ def draw_shapes(count, seed):
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *size: low + (high - low) * torch.rand(*size, generator=draw)
     y = torch.randint(len(shapes) * len(colours), (count,), generator=draw)
-    size = uniform(8, 13, count, 1, 1)                                         # half, in pixels
+    size = uniform(11, 14, count, 1, 1)                                         # half, in pixels
     middle = 15.5 + uniform(-1, 1, 2, count, 1, 1) * (15.5 - size)             # wholly inside
     u = (torch.arange(32.0) - middle[0]) / size                                # (count,1,32)
     v = (middle[1] - torch.arange(32.0)[:, None]) / size                       # (count,32,1)
@@ -162,10 +162,8 @@ def load_data(source, holdout=0, device="cpu"):
     `holdout` training pictures, always the same, as many of each class, become the validation part
     instead of the test set. Raises SystemExit if that many don't divide evenly among the classes.
     """
-    if source == "shapes":
-        x, y, *test, names = *draw_shapes(20_000, seed=1)[:2], *draw_shapes(2_000, seed=2)
-    else:
-        x, y, *test, names = load_cifar(source)
+    x, y, *test, names = load_cifar(source) if source != "shapes" else (
+        *draw_shapes(20_000, seed=1)[:2], *draw_shapes(2_000, seed=2))
     checksum, val, share = zlib.crc32(x.numpy()), test, holdout // len(names)
     if holdout % len(names): sys.exit(f"error: --holdout {holdout}: not {len(names)} equal shares")
     if holdout:
@@ -456,8 +454,7 @@ def plot(path, curves, title, x_axis, y_axis):
     image, font = Image.new("RGB", (1440, 900), "white"), ImageFont.load_default(26)
     pen = ImageDraw.Draw(image)
     for x, y in [(x0 + (x1 - x0) * i / 5, y0 + (y1 - y0) * i / 5) for i in range(6)]:
-        pen.line([at(x, y0), at(x, y1)], "#d8d8d8", 2)
-        pen.line([at(x0, y), at(x1, y)], "#d8d8d8", 2)
+        for ends in ([at(x, y0), at(x, y1)], [at(x0, y), at(x1, y)]): pen.line(ends, "#d8d8d8", 2)
         pen.text((at(x, y)[0], 810), f"{x:,g}", "#333", font, "mm")
         pen.text((115, at(x, y)[1]), f"{y:.4g}", "#333", font, "rm")
     for (name, points), colour, height in zip(curves.items(), ("#d1495b", "#00798c"), (690, 735)):
@@ -496,7 +493,7 @@ def load_checkpoint(path, made=None, net=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
         Settings(**state["settings"])                     # fails if another script wrote the file
         for name, value in (made or {}).items():
-            assert value == state["made"][name], f"{name} is {state['made'][name]}, not {value}"
+            assert value == (was := state["made"].get(name)), f"{name} is {was}, not {value}"
         net.load_state_dict(state["net"]) if net else None
         return state
     except Exception as error:
@@ -557,7 +554,8 @@ def make_network(settings, run):
                 probe(run.prepare(run.data.train_x[:settings.batch_size])).sum().backward()
             net.compile()
         except Exception as error:
-            print(f"torch.compile doesn't work here ({type(error).__name__}): going on without")
+            if settings.compile == "on": raise
+            print(f"going on without torch.compile: {type(error).__name__}: {str(error)[:200]}")
     return net
 
 
@@ -589,8 +587,9 @@ def train(settings, command="python classifier.py", only_measure=False):
 
     # Ctrl-C and SIGTERM leave a note, and the loop ends after its step. A second one kills at once.
     received, numbers, stop = [], (signal.SIGINT, signal.SIGTERM), only_measure
-    take_note = lambda number, _: (received.append(number), signal.signal(number, signal.SIG_DFL))
-    handlers = [signal.signal(number, take_note) for number in numbers]
+    handle = lambda *handlers: [signal.signal(*pair) for pair in zip(numbers, handlers)]
+    take_note = lambda number, _: received.append(number) or handle(signal.SIG_DFL, signal.SIG_DFL)
+    former = handle(take_note, take_note)
     clock, clock_step = time.perf_counter(), step
     while step < steps and not stop:
         if position + batch > len(order):            # a rest smaller than a batch is left out
@@ -607,8 +606,8 @@ def train(settings, command="python classifier.py", only_measure=False):
         if not (step % settings.log_every == 0 or validate or stop):
             continue
         if not torch.isfinite(average + sum(p.detach().sum() for p in net.parameters())):
-            sys.exit(f"\nerror: the loss is not finite at step {step:,}: lower --max-lr (lr-find "
-                     "proposes one); the last good checkpoint, if any, is kept")
+            sys.exit(f"\nerror: the loss is not finite at step {step:,}: try another --out with "
+                     "a lower --max-lr; the last good checkpoint, if any, is kept")
         took = time.perf_counter() - clock
         seconds, speed = seconds + took, (step - clock_step) * batch / took
         left = datetime.timedelta(seconds=int((steps - step) * batch / speed))
@@ -623,17 +622,17 @@ def train(settings, command="python classifier.py", only_measure=False):
             line += f"  train acc {fit.acc:.2%}  val acc {val.acc:.2%}"
         print(line, end="\r" if sys.stdout.isatty() and not validate else "\n", flush=True)
         history.append(row)
-        write_log(run.out, history, steps)
         if validate or stop:
+            write_log(run.out, history, steps)
             state = dict(made=run.made, settings=dataclasses.asdict(settings), net=net.state_dict(),
                          optimiser=optimiser.state_dict(), schedule=schedule.state_dict(),
                          progress=(step, position, seconds, history, order, average),
                          random=torch.get_rng_state())
             torch.save(state, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)     # `path` is always whole, old or new
-        clock, clock_step = time.perf_counter(), step      # validation is not counted
-    for number, handler in zip(numbers, handlers): signal.signal(number, handler)
-    if received and step < steps:
+        clock, clock_step = time.perf_counter(), step     # validation and files are not counted
+    handle(*former)
+    if received:
         print(f"\nstopped after step {step:,}, all saved in {path}. To go on:\n  {command}")
         sys.exit(128 + received[0])
     if run.device.type == "cuda": print(f"peak {torch.cuda.max_memory_allocated() >> 20:,} MiB")

@@ -12,8 +12,9 @@ Section 2 of the paper "Modern Methods, Classical Constraints", in one file to r
     python diffusion.py schedules             draw the three noise schedules
 
 A run writes one folder, runs/diffusion-<data set>: checkpoint.pt, log.csv, loss.png, a grid of
-samples every so often, and at the end all that the modes above write. Start the same command again
-and it goes on where it stopped. Results, each with its command, stand in README.md.
+samples every so often, and at the end samples, interpolations, neighbours, and on a GPU FID. Start
+the same command again and it goes on where it stopped. The modes above take all settings that you
+don't give from the checkpoint. Results, each with its command, stand in README.md.
 
 The network predicts the velocity v of a noised picture. Widths a, b, c = 56, 96, 160:
 
@@ -36,7 +37,7 @@ Tags like [2.2] name the paper's section, (1) to (4) its equations; `our choice`
 leaves open. References, numbered as in the paper: [11] DDPM, [12] classifier-free guidance,
 [20] variational diffusion, [24] cosine schedule, EMA, [28] U-Net, [29] dynamic clipping, [30]
 velocity, [35] DDIM, [39] slerp, [42] attention. [4] is the splice of Crowson's v-diffusion.
-Each function says what it takes and returns, and copies alone.
+Each function says what it takes and returns; layers and formulas can be copied alone.
 
 For CIFAR-10, write CIFAR10 for CIFAR100 in load_cifar: class count and names come from the data.
 """
@@ -67,7 +68,7 @@ class Settings:
 
     The defaults are the paper's design; where it names no number, they are our choice.
     """
-    data: Annotated[str, "folder of CIFAR-100 (downloaded if missing), or shapes: see SHAPES"] = "data"
+    data: Annotated[str, "folder of CIFAR-100 (downloaded if none), or shapes: see SHAPES"] = "data"
     out: Annotated[str, "folder to write to; empty: runs/diffusion-<data set>"] = ""
     seed: Annotated[int, "decides weights, data order, noise and samples", 0, 2**31] = 0
     device: Annotated[Literal["auto", "cuda", "mps", "cpu"], "where to compute"] = "auto"
@@ -86,7 +87,8 @@ class Settings:
     width: Annotated[int, "channels a at 32x32; b, c follow", 8, 4096] = 56
     after_injection: Annotated[Literal["regular", "separable"], "convolution there"] = "regular"
     # From here on: of sampling only, so free to differ from one command to the next.
-    sample_schedule: Annotated[Literal["cosine", "linear", "spliced"], "when sampling"] = "cosine"
+    sample_schedule: Annotated[Literal["same", "cosine", "linear", "spliced"],
+                               "when sampling; same: as in training"] = "same"
     sample_steps: Annotated[int, "network calls a sample", 1, 10_000] = 100
     eta: Annotated[float, "fresh noise a step; 1: DDPM, 0: DDIM", 0.0, 1.0] = 1.0
     guidance: Annotated[float, "w of equation (4)", -1.0, 100.0] = 3.0
@@ -106,7 +108,7 @@ FREE_TO_CHANGE = ("data", "out", "device", "compile", "log_every", "eval_every",
                   "sample_seed", "sample_batch", "fid_count", "inception")
 
 # The drawn shapes are learnt by a small network in minutes, on a CPU too: defaults in their case.
-SHAPES = dict(steps=600, batch_size=64, eval_every=200)
+SHAPES = dict(width=24, steps=600, batch_size=64, warm_up=50, ema=0.98, eval_every=200)
 
 
 # ----------------------------------------------------------------------------------------------
@@ -160,7 +162,7 @@ def draw_shapes(count, seed):
     draw = torch.Generator().manual_seed(seed)
     uniform = lambda low, high, *size: low + (high - low) * torch.rand(*size, generator=draw)
     y = torch.randint(len(shapes) * len(colours), (count,), generator=draw)
-    size = uniform(8, 13, count, 1, 1)                                         # half, in pixels
+    size = uniform(11, 14, count, 1, 1)                                         # half, in pixels
     middle = 15.5 + uniform(-1, 1, 2, count, 1, 1) * (15.5 - size)             # wholly inside
     u = (torch.arange(32.0) - middle[0]) / size                                # (count,1,32)
     v = (middle[1] - torch.arange(32.0)[:, None]) / size                       # (count,32,1)
@@ -175,10 +177,8 @@ def draw_shapes(count, seed):
 
 def load_data(source, device="cpu"):
     """`source`, "shapes" or the folder of CIFAR-100, as a `Data` on `device`."""
-    if source == "shapes":
-        x, y, *test, names = *draw_shapes(20_000, seed=1)[:2], *draw_shapes(2_000, seed=2)
-    else:
-        x, y, *test, names = load_cifar(source)
+    x, y, *test, names = load_cifar(source) if source != "shapes" else (
+        *draw_shapes(20_000, seed=1)[:2], *draw_shapes(2_000, seed=2))
     return Data(*(part.to(device) for part in (x, y, *test)), names, zlib.crc32(x.numpy()))
 
 
@@ -277,7 +277,8 @@ class Attention(nn.Module):
 class Injection(nn.Module):
     """Adds the embedding of noise level and class, then convolves: (B,C,H,W), (B,E) -> (B,C,H,W).
 
-    A regular convolution, because a separable one looks at each channel by itself before it mixes
+    The embedding goes into the branch only; x passes by unchanged, as in any residual block. A
+    regular convolution, because a separable one looks at each channel by itself before it mixes
     them: the paper saw wave-like artefacts and blames that [2.3]. `conv` takes either.
     """
 
@@ -337,7 +338,7 @@ class UNet(nn.Module):
         x3 = self.middle(self.inject2(self.down3(x2), embedding))                 # (B,c,8,8)
         x2 = self.up2(torch.cat([F.interpolate(x3, scale_factor=2), x2], dim=1))  # (B,b,16,16)
         x1 = self.up1(torch.cat([F.interpolate(x2, scale_factor=2), x1], dim=1))  # (B,a,32,32)
-        return self.out(x1)
+        return self.out(x1).to(x.dtype)     # not bf16: guidance takes differences of two of these
 
 
 def parameter_table(net):
@@ -356,8 +357,8 @@ def parameter_table(net):
 def cosine_schedule(t):
     """lambda = -2 log tan(a t + b) [2.2, 24], from 20 at t = 0 to -20 at t = 1; t any shape.
 
-    b = atan(e^-10) and a = atan(e^10) - b cut off the infinite ends. As tan(x) = sin(x) /
-    sin(pi/2 - x) and a + 2b = pi/2, two sines say the same and stay exact in fp32 near t = 1.
+    b = atan(e^-10) and a = atan(e^10) - b cut off the infinite ends, as in [12]. As tan(x) =
+    sin(x) / sin(pi/2 - x) and a + 2b = pi/2, two sines say the same, exact in fp32 near t = 1 too.
     """
     b = math.atan(math.exp(-10))
     a = math.pi / 2 - 2 * b
@@ -467,10 +468,9 @@ def clip_x0(pred_x0, how="dynamic", percentile=0.995):
     """
     if how == "none":
         return pred_x0
-    s = torch.ones(len(pred_x0), device=pred_x0.device, dtype=pred_x0.dtype)
-    if how == "dynamic":
-        s = pred_x0.abs().flatten(1).quantile(percentile, dim=1).clamp(min=1)
-    s = s.view(-1, 1, 1, 1)
+    if how == "static":
+        return pred_x0.clamp(-1, 1)
+    s = pred_x0.abs().flatten(1).quantile(percentile, dim=1).clamp(min=1).view(-1, 1, 1, 1)
     return pred_x0.clamp(-s, s) / s
 
 
@@ -487,7 +487,7 @@ def sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw=torch.randn_like):
     steps = len(log_snrs) - 1
     for i in range(steps):
         alpha, sigma, next_alpha, next_sigma = alphas[i], sigmas[i], alphas[i + 1], sigmas[i + 1]
-        v = model(x, log_snrs[i].expand(len(x))).to(x.dtype)
+        v = model(x, log_snrs[i].expand(len(x)))
         pred_x0 = clip_x0(to_x0_and_noise(x, v, alpha, sigma)[0], clip)
         pred_noise = (x - alpha * pred_x0) / sigma                 # fits the clipped picture
         last = i == steps - 1
@@ -549,7 +549,7 @@ def validation_loss(net, x, y, schedule="cosine", bf16=False, count=1024):
         log_snr = to_log_snr(level.to(y.device), schedule)
         alpha, sigma = to_alpha_sigma(log_snr)
         with torch.autocast(y.device.type, torch.bfloat16, enabled=bf16):
-            pred_v = net(add_noise(picture, eps, alpha, sigma), log_snr, y[i]).float()
+            pred_v = net(add_noise(picture, eps, alpha, sigma), log_snr, y[i])
         parts.append((velocity(picture, eps, alpha, sigma) - pred_v).square().flatten(1).mean(1))
     losses = torch.cat(parts).cpu()
     return losses.mean().item(), [part.mean().item() for part in losses.chunk(5)]
@@ -559,7 +559,7 @@ def sample_set(net, labels, seed=0, schedule="cosine", steps=100, eta=1.0, guida
                clip="dynamic", batch=250, bf16=False, start=None, say=lambda done, count: None):
     """One sample for each of labels, (N,) or (N,E), as uint8 (N,3,32,32) on the CPU.
 
-    CHUNK samples share a generator, whose seed comes from `seed` and their number: so the set is
+    CHUNK samples share a generator, whose seed comes from `seed` and their number: so the noise is
     the same whatever the batch, and memory does not grow with N. `start` (N,3,32,32) is the first
     noise, if not drawn. `say` hears of progress. Leaves `net` in evaluation mode.
     """
@@ -601,24 +601,18 @@ def nearest_neighbours(queries, pictures, k=1, chunk=250):
     """The k pictures nearest to each query, flips included, by Euclidean distance of pixels in
     [0,255]: distance (Q,k), index (Q,k), flipped (Q,k). Both uint8 (.,3,H,W) on one device.
 
-    Chunks of queries against chunks of pictures: no table over 50 MB.
+    Chunk by chunk: no tensor over 400 MB for CIFAR-100.
     """
     flat = lambda x: x.flatten(1).float()
-    found = []
+    both, found = torch.cat([pictures, pictures.flip(-1)]), []                       # (2N,3,H,W)
     for some in queries.split(chunk):
-        best = []
-        for first in range(0, len(pictures), 5000):
-            part = flat(pictures[first:first + 5000])
-            for flip, query in enumerate((some, some.flip(-1))):
-                value, i = torch.cdist(flat(query), part).topk(min(k, len(part)), largest=False)
-                best.append((value, i + first, torch.full_like(i, flip, dtype=torch.bool)))
-        value, i, flipped = (torch.cat(parts, dim=1) for parts in zip(*best))   # (q, 2k a chunk)
-        nearest = value.topk(k, largest=False).indices
-        i, flipped = i.gather(1, nearest), flipped.gather(1, nearest)
-        # cdist multiplies matrices, which cancels badly for near copies: measure the winners again.
-        turned = torch.where(flipped[..., None], flat(some.flip(-1))[:, None], flat(some)[:, None])
-        exact = (turned - flat(pictures[i.flatten()]).view(*i.shape, -1)).norm(dim=2)
-        found.append((exact, i, flipped))
+        far = torch.cat([torch.cdist(flat(some), flat(part)) for part in both.split(5000)], dim=1)
+        i = far.topk(k, largest=False).indices                                             # (q,k)
+        # cdist multiplies matrices, which cancels badly for near copies: measure the nearest again.
+        near = flat(both[i.flatten()]).view(*i.shape, -1)                                # (q,k,3HW)
+        exact, order = (flat(some)[:, None] - near).norm(dim=2).sort()
+        i = i.gather(1, order)
+        found.append((exact, i % len(pictures), i >= len(pictures)))
     return tuple(torch.cat(parts) for parts in zip(*found))
 
 
@@ -656,7 +650,7 @@ def inception_features(network, x, batch=50):
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):     # fp32, as others have it
         for some in x.split(batch):
             resized = resize_for_inception(some).to(device)
-            rows.append(network.layers((resized - 128) / 128).view(len(some), -1).double().cpu())
+            rows.append(network.layers((resized - 128) / 128).view(len(some), -1).cpu().double())
     return torch.cat(rows)
 
 
@@ -691,8 +685,7 @@ def plot(path, curves, title, x_axis, y_axis):
     image, font = Image.new("RGB", (1440, 900), "white"), ImageFont.load_default(26)
     pen = ImageDraw.Draw(image)
     for x, y in [(x0 + (x1 - x0) * i / 5, y0 + (y1 - y0) * i / 5) for i in range(6)]:
-        pen.line([at(x, y0), at(x, y1)], "#d8d8d8", 2)
-        pen.line([at(x0, y), at(x1, y)], "#d8d8d8", 2)
+        for ends in ([at(x, y0), at(x, y1)], [at(x0, y), at(x1, y)]): pen.line(ends, "#d8d8d8", 2)
         pen.text((at(x, y)[0], 810), f"{x:,g}", "#333", font, "mm")
         pen.text((115, at(x, y)[1]), f"{y:.4g}", "#333", font, "rm")
     colours = ("#d1495b", "#00798c", "#7a5195")                     # three curves at most
@@ -716,7 +709,7 @@ def load_checkpoint(path, made=None, net=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
         Settings(**state["settings"])                     # fails if another script wrote the file
         for name, value in (made or {}).items():
-            assert value == state["made"][name], f"{name} is {state['made'][name]}, not {value}"
+            assert value == (was := state["made"].get(name)), f"{name} is {was}, not {value}"
         net.load_state_dict(state["net"]) if net else None
         return state
     except Exception as error:
@@ -752,27 +745,29 @@ def set_up(settings):
 
 
 def make_network(settings, run):
-    """The UNet of `settings`, weights drawn from their seed. Raises SystemExit over the budget.
-
-    Compiled if `settings` say so. Where torch.compile fails, it fails at the first call: so a copy
-    goes first, there and back. Compiled in place, the weights keep their names.
-    """
+    """The UNet of `settings`, weights drawn from their seed. Raises SystemExit over the budget."""
     torch.manual_seed(settings.seed)
     try:
         net = UNet(len(run.data.names), settings.width, after_injection=settings.after_injection)
     except (AssertionError, ValueError) as error:
         sys.exit(f"error: --width {settings.width}: {error}")
-    net.to(run.device, memory_format=torch.channels_last)
-    if settings.compile == "on" or (settings.compile == "auto" and run.device.type == "cuda"):
+    return net.to(run.device, memory_format=torch.channels_last)
+
+
+def compile_network(net, how, run, batch):
+    """torch.compile in place (so the weights keep their names) if `how`, "auto" or "on", asks for
+    it. Where it fails, it fails at the first call: so a copy goes first, there and back, with a
+    batch like training's. "auto" goes on without it then; "on" raises what went wrong."""
+    if how == "on" or (how == "auto" and run.device.type == "cuda"):
         try:
             (probe := copy.deepcopy(net)).compile()
-            x, y = (part[:settings.batch_size] for part in run.data[:2])
+            x, y = run.data.train_x[:batch], run.data.train_y[:batch]
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
                 probe(to_model(x), y.float(), y).sum().backward()
             net.compile()
         except Exception as error:
-            print(f"torch.compile doesn't work here ({type(error).__name__}): going on without")
-    return net
+            if how == "on": raise
+            print(f"going on without torch.compile: {type(error).__name__}: {str(error)[:200]}")
 
 
 def training_step(net, optimiser, x, y, t, drop_label, noise, schedule, clip_norm, bf16):
@@ -786,7 +781,7 @@ def training_step(net, optimiser, x, y, t, drop_label, noise, schedule, clip_nor
     with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
         x_t, labels = add_noise(x, noise, alpha, sigma), y.masked_fill(drop_label, net.classes)
         pred_v = net(x_t, log_snr, labels)
-    loss = (velocity(x, noise, alpha, sigma) - pred_v.float()).square().mean()
+    loss = (velocity(x, noise, alpha, sigma) - pred_v).square().mean()
     optimiser.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
@@ -804,10 +799,11 @@ def train(settings, command="python diffusion.py"):
     data, path = run.data, run.out / "checkpoint.pt"
     net = make_network(settings, run)
     average_net = copy.deepcopy(net).eval().requires_grad_(False)
+    compile_network(net, settings.compile, run, batch)
     optimiser = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     # Low-discrepancy t [2.2]: each draw falls into a gap the earlier ones left, so a batch covers
-    # [0,1] evenly and the loss estimate varies less. Draws alternate between the halves of [0,1]:
-    # nothing else here may depend on whether a picture's place in the batch is even.
+    # [0,1] evenly and the loss estimate varies less. A place in the batch keeps to its own part of
+    # [0,1], so nothing else here may depend on the place: the pictures come in random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
     # All other chance comes from one generator on the device; sampling has its own, so a grid in
     # between changes nothing. An epoch is one random order of the pictures. `average` is of the
@@ -828,9 +824,9 @@ def train(settings, command="python diffusion.py"):
 
     # Ctrl-C and SIGTERM leave a note, and the loop ends after its step. A second one kills at once.
     received, numbers, stop = [], (signal.SIGINT, signal.SIGTERM), False
-    take_note = lambda number, _: (received.append(number), signal.signal(number, signal.SIG_DFL))
-    handlers = [signal.signal(number, take_note) for number in numbers]
-    net.train()
+    handle = lambda *handlers: [signal.signal(*pair) for pair in zip(numbers, handlers)]
+    take_note = lambda number, _: received.append(number) or handle(signal.SIG_DFL, signal.SIG_DFL)
+    former = handle(take_note, take_note)
     clock, clock_step = time.perf_counter(), step
     while step < steps and not stop:
         if position + batch > len(order):            # a rest smaller than a batch is left out
@@ -855,8 +851,8 @@ def train(settings, command="python diffusion.py"):
         if not (step % settings.log_every == 0 or validate or grid or stop):
             continue
         if not torch.isfinite(average + sum(p.detach().sum() for p in net.parameters())):
-            sys.exit(f"\nerror: the loss is not finite at step {step:,}: lower --max-lr; the last "
-                     "good checkpoint, if any, is kept")
+            sys.exit(f"\nerror: the loss is not finite at step {step:,}: try another --out with "
+                     "a lower --max-lr; the last good checkpoint, if any, is kept")
         took = time.perf_counter() - clock
         seconds, speed = seconds + took, (step - clock_step) * batch / took
         left = datetime.timedelta(seconds=int((steps - step) * batch / speed))
@@ -870,8 +866,8 @@ def train(settings, command="python diffusion.py"):
             line += f"  val {row['val_loss']:.4f}: " + " ".join(f"{value:.3f}" for value in bins)
         print(line, end="\r" if sys.stdout.isatty() and not validate else "\n", flush=True)
         history.append(row)
-        write_log(run.out, history, steps)
         if validate or stop:
+            write_log(run.out, history, steps)
             state = dict(made=run.made, settings=dataclasses.asdict(settings), net=net.state_dict(),
                          ema=average_net.state_dict(), optimiser=optimiser.state_dict(),
                          progress=(step, position, seconds, history, order, average),
@@ -881,9 +877,9 @@ def train(settings, command="python diffusion.py"):
             os.replace(path.with_suffix(".tmp"), path)     # `path` is always whole, old or new
         if grid:
             draw_demo(run.out / f"grid-{step:06}.png", average_net, run, settings)
-        clock, clock_step = time.perf_counter(), step      # validation is not counted
-    for number, handler in zip(numbers, handlers): signal.signal(number, handler)
-    if received and step < steps:
+        clock, clock_step = time.perf_counter(), step   # validation, files and grids don't count
+    handle(*former)
+    if received:
         print(f"\nstopped after step {step:,}, all saved in {path}. To go on:\n  {command}")
         sys.exit(128 + received[0])
     print(f"{step * batch:,} pictures in {seconds:,.1f} s, {step * batch / seconds:,.0f} images/s")
@@ -914,7 +910,8 @@ def sampling(settings, run):
     def say(done, count):
         speed, end = done / (time.perf_counter() - clock), "\r" if done < count else "\n"
         print(f"sampled {done:,} of {count:,}, {speed:,.1f} a second", end=end, flush=True)
-    return dict(seed=settings.sample_seed, schedule=settings.sample_schedule, bf16=run.bf16,
+    schedule = settings.sample_schedule.replace("same", settings.schedule)
+    return dict(seed=settings.sample_seed, schedule=schedule, bf16=run.bf16,
                 steps=settings.sample_steps, eta=settings.eta, guidance=settings.guidance,
                 clip=settings.clip, batch=settings.sample_batch, say=say)
 
@@ -932,7 +929,7 @@ def draw_demo(path, net, run, settings):
     """A row a class for ten classes (those asked for, or ten from all over the list), ten pictures
     each, as a PNG; always from the same noise, so that grids of one run compare."""
     names = run.data.names
-    spread = range(0, len(names), len(names) // 10 + 1)
+    spread = torch.linspace(0, len(names) - 1, 10).long().tolist()
     classes = (find_classes(settings.classes, names) or spread)[:10]
     labels = torch.tensor(classes, device=run.device).repeat_interleave(10)
     save_grid(path, sample_set(net, labels, **sampling(settings, run)), columns=10)
@@ -943,6 +940,7 @@ def open_run(settings):
     """(run, averaged network) from the checkpoint that `settings` belong to."""
     run = set_up(settings)
     net = make_network(settings, run)
+    run.made.pop("data")                    # other pictures than it was trained on may be at hand
     net.load_state_dict(load_checkpoint(run.out / "checkpoint.pt", run.made)["ema"])
     return run, net
 
@@ -978,7 +976,8 @@ def run_neighbours(settings, run, net, shown=16, k=4):
     """Figure 3, right: neighbours.png, samples each with its k nearest training pictures beside it.
 
     Says the median nearest distance of the samples and that of test pictures: a network that copies
-    the training set comes nearer to it than new photographs do [2.5]. Returns both medians.
+    the training set comes much nearer to it than new photographs do [2.5]. A little nearer proves
+    nothing, as smooth pictures are near to everything. Returns both medians.
     """
     labels = choose_labels(settings, run, settings.count)
     x = sample_set(net, labels, **sampling(settings, run)).to(run.device)
@@ -1001,9 +1000,9 @@ def run_fid(settings, run, net):
     all test pictures; with the protocol, and the floor: as many training pictures against the test
     pictures. Returns FID, or None where its network can't be had; by then the samples are on disk.
     """
-    count, data = settings.fid_count, run.data
+    count, data, how = settings.fid_count, run.data, sampling(settings, run)
     labels = data.test_y[torch.arange(count, device=run.device) % len(data.test_y)]
-    x = sample_set(net, labels, **sampling(settings, run))
+    x = sample_set(net, labels, **how)
     save_samples(run.out / "fid-samples.npz", x, labels)
     try:
         network = load_inception(settings.inception).to(run.device)
@@ -1019,13 +1018,13 @@ def run_fid(settings, run, net):
         real = torch.randperm(len(data.train_y), generator=draw)[:count].to(run.device)
         floor = frechet_distance(*statistics(data.train_x[real]), *test)
         torch.save(dict(test=test, floor=floor), kept)
-    reference, s = torch.load(kept, weights_only=True), settings
+    reference = torch.load(kept, weights_only=True)
     fid = frechet_distance(*statistics(x), *reference["test"])
+    how = ", ".join(f"{key} {how[key]}" for key in "seed schedule steps eta guidance clip".split())
     print(f"FID {fid:.3f}{' (under 10,000 samples: not comparable)' * (count < 10_000)}\n"
-          f"  {count:,} samples, {len(data.test_y):,} test pictures; Inception 2015-12-05, SHA-256 "
-          f"{INCEPTION_SHA256[:8]}; bicubic to 299 as clean-fid\n  {s.sample_schedule} schedule, "
-          f"{s.sample_steps} steps, eta {s.eta:g}, guidance {s.guidance:g}, clip {s.clip}, EMA "
-          f"{s.ema:g}, seed {s.sample_seed}\n  floor, as many real ones: {reference['floor']:.3f}")
+          f"  {count:,} samples, {len(data.test_y):,} test pictures; {how}; EMA {settings.ema}\n"
+          f"  Inception 2015-12-05, SHA-256 {INCEPTION_SHA256[:8]}; bicubic to 299 as clean-fid\n"
+          f"  floor, as many training pictures in place of samples: {reference['floor']:.3f}")
     return fid
 
 

@@ -318,6 +318,18 @@ def test_shapes_data():
         assert (of[:, channel] > 200).flatten(1).any(1).all(), name
 
 
+def test_shapes_defaults():
+    """--data shapes trains with defaults of its own, which a flag overrides; CIFAR-100 does not."""
+    for module in (classifier, diffusion):
+        with patched() as monkey:
+            monkey(module, "train", lambda settings, *_, **__: settings)
+            drawn, _ = run(module, "--data", "shapes", "--steps", 7)
+            usual, _ = run(module)
+        assert drawn.steps == 7 and drawn.batch_size == module.SHAPES["batch_size"]
+        assert usual == module.Settings(out=usual.out) and usual.batch_size != drawn.batch_size
+        assert drawn.out.endswith("shapes") and usual.out.endswith("cifar100")
+
+
 def test_augment():
     torch.manual_seed(0)
     x = torch.randint(0, 256, (40, 3, 32, 32), dtype=torch.uint8)
@@ -1053,6 +1065,10 @@ def test_diffusion_resume():
         saved = np.load(f"{root}/whole/samples.npz")
         assert saved["labels"].tolist() == [0, 7, 0, 7, 0]
         assert np.array_equal(saved["samples"], x.permute(0, 2, 3, 1).numpy())
+        with patched() as inner:            # what no flag says is as the training command said it
+            inner(diffusion, "run_sample", lambda settings, run, net: settings)
+            how, _ = run(diffusion, "sample", "--out", f"{root}/whole", "--eta", 0.5)
+        assert (how.width, how.sample_steps, how.count, how.eta, how.classes) == (8, 2, 8, 0.5, "")
         assert "unicorn" in refused(diffusion, "sample", *out, "--classes", "unicorn")
         assert "100" in refused(diffusion, "sample", *out, "--classes", "100")
         run(diffusion, "interpolate", *out)
