@@ -129,7 +129,7 @@ def draw_shapes(count, seed):
     grows like the distance, so f * size is in pixels and a clamp to one pixel smooths the edge.
     The same seed draws the same pictures.
     """
-    colours = "red orange yellow green cyan blue purple pink brown white".split()
+    colours = "red orange yellow lime cyan blue magenta pink tan white".split()
     box = lambda u, v: u.abs().maximum(v.abs())                  # a distance with square corners
     shapes = dict(
         circle=lambda u, v: u.hypot(v) - 1, ring=lambda u, v: (u.hypot(v) - 0.75).abs() - 0.22,
@@ -152,7 +152,7 @@ def draw_shapes(count, seed):
         of = y // len(colours) == i
         cover[of, 0] = (0.5 - f(u[of], v[of]) * size[of]).clamp(0, 1)
     paint = torch.tensor([ImageColor.getrgb(name) for name in colours])[y % len(colours)].float()
-    x = uniform(20, 90, count, 1, 1, 1).lerp(paint[:, :, None, None], cover).byte()    # on grey
+    x = uniform(10, 50, count, 1, 1, 1).lerp(paint[:, :, None, None], cover).byte()    # on grey
     return x, y, [f"{colour} {shape}" for shape in shapes for colour in colours]
 
 

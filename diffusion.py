@@ -86,9 +86,10 @@ class Settings:
     schedule: Annotated[Literal["cosine", "linear", "spliced"], "when training"] = "cosine"
     width: Annotated[int, "channels a at 32x32; b, c follow", 8, 4096] = 56
     after_injection: Annotated[Literal["regular", "separable"], "convolution there"] = "regular"
+    # Beyond the paper, so off, but for drawn shapes: see SHAPES.
+    modulate: Annotated[Literal["off", "on"], "embedding scales and shifts in all blocks"] = "off"
     # From here on: of sampling only, so free to differ from one command to the next.
-    sample_schedule: Annotated[Literal["same", "cosine", "linear", "spliced"],
-                               "when sampling; same: as in training"] = "same"
+    sample_schedule: Annotated[Literal["same", "cosine", "linear", "spliced"], "sampling"] = "same"
     sample_steps: Annotated[int, "network calls a sample", 1, 10_000] = 100
     eta: Annotated[float, "fresh noise a step; 1: DDPM, 0: DDIM", 0.0, 1.0] = 1.0
     guidance: Annotated[float, "w of equation (4)", -1.0, 100.0] = 3.0
@@ -107,8 +108,11 @@ FREE_TO_CHANGE = ("data", "out", "device", "compile", "log_every", "eval_every",
                   "sample_schedule", "sample_steps", "eta", "guidance", "clip", "classes", "count",
                   "sample_seed", "sample_batch", "fid_count", "inception")
 
-# The drawn shapes are learnt by a small network in minutes, on a CPU too: defaults in their case.
-SHAPES = dict(width=24, steps=600, batch_size=64, warm_up=50, ema=0.98, eval_every=200)
+# Defaults for drawn shapes: a small network, five minutes on two CPU cores. The linear schedule
+# dwells on high noise, where shapes form. Modulation took the loss from 0.113 to 0.097 (widths
+# 16, 32, 64; 900 steps of 32; seed 0; validation). Dynamic clipping would pale bright colours.
+SHAPES = dict(width=24, modulate="on", schedule="linear", steps=1000, batch_size=32, max_lr=5e-3,
+              warm_up=50, ema=0.98, eval_every=500, guidance=2.0, sample_steps=30, clip="static")
 
 
 # ----------------------------------------------------------------------------------------------
@@ -148,7 +152,7 @@ def draw_shapes(count, seed):
     grows like the distance, so f * size is in pixels and a clamp to one pixel smooths the edge.
     The same seed draws the same pictures.
     """
-    colours = "red orange yellow green cyan blue purple pink brown white".split()
+    colours = "red orange yellow lime cyan blue magenta pink tan white".split()
     box = lambda u, v: u.abs().maximum(v.abs())                  # a distance with square corners
     shapes = dict(
         circle=lambda u, v: u.hypot(v) - 1, ring=lambda u, v: (u.hypot(v) - 0.75).abs() - 0.22,
@@ -171,7 +175,7 @@ def draw_shapes(count, seed):
         of = y // len(colours) == i
         cover[of, 0] = (0.5 - f(u[of], v[of]) * size[of]).clamp(0, 1)
     paint = torch.tensor([ImageColor.getrgb(name) for name in colours])[y % len(colours)].float()
-    x = uniform(20, 90, count, 1, 1, 1).lerp(paint[:, :, None, None], cover).byte()    # on grey
+    x = uniform(10, 50, count, 1, 1, 1).lerp(paint[:, :, None, None], cover).byte()    # on grey
     return x, y, [f"{colour} {shape}" for shape in shapes for colour in colours]
 
 
@@ -240,18 +244,32 @@ class ResidualBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x)))))): (B,c_in,H,W) -> (B,c_out,H,W).
 
     GroupNorm, not BatchNorm: a batch mixes noise levels, whose statistics have nothing in common,
-    and averaged weights (EMA) would not fit running averages. 8 groups: our choice.
+    and averaged weights (EMA) would not fit running averages. 8 groups: our choice. With
+    `embedding`, its width E, a vector (B,E) also scales and shifts each channel in the middle.
     """
 
-    def __init__(self, c_in, c_out, conv):
+    def __init__(self, c_in, c_out, conv, embedding=0):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, c_in), conv(c_in, c_out)
         self.norm2, self.conv2 = nn.GroupNorm(8, c_out), conv(c_out, c_out)
         self.skip = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1, bias=False)
+        self.modulate = nn.Linear(embedding, 2 * c_out) if embedding else None
 
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+    def forward(self, x, embedding=None):
+        h = self.norm2(self.conv1(F.silu(self.norm1(x))))
+        if self.modulate:
+            scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
+            h = h * (1 + scale) + shift
+        return self.skip(x) + self.conv2(F.silu(h))
+
+
+class Stage(nn.Sequential):
+    """Layers one after another, blocks with the embedding: (B,C,H,W), (B,E) -> (B,C',H',W')."""
+
+    def forward(self, x, embedding):
+        for layer in self:
+            x = layer(x, embedding) if isinstance(layer, ResidualBlock) else layer(x)
+        return x
 
 
 class Attention(nn.Module):
@@ -301,27 +319,28 @@ class UNet(nn.Module):
 
     x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), in which `classes` means "no class",
     or class embeddings (B,E) as `embed` gives them. The ladder is in this file's header; all widths
-    and depths are our choice. Raises AssertionError at 1,000,000 trainable parameters or more.
+    and depths are our choice. `modulate` goes beyond the paper: the embedding acts in every block,
+    not at two points alone. Raises AssertionError at 1,000,000 trainable parameters or more.
     """
 
-    def __init__(self, classes=100, width=56, embedding=128, after_injection="regular"):
+    def __init__(self, classes=100, width=56, e=128, after_injection="regular", modulate=False):
         super().__init__()
+        self.classes = classes
         # Widths in steps of 8, for 8 groups and whole heads: 56 gives 96 and 160.
         a, b, c = width, round(width * 12 / 7 / 8) * 8, round(width * 20 / 7 / 8) * 8
         conv = dict(regular=regular_conv, separable=separable_conv)[after_injection]
-        block = functools.partial(ResidualBlock, conv=separable_conv)
-        e, self.classes = embedding, classes
+        block = functools.partial(ResidualBlock, conv=separable_conv, embedding=e * modulate)
         self.time = nn.Sequential(nn.Linear(64, e), nn.SiLU(), nn.Linear(e, e))
         self.label = nn.Embedding(classes + 1, e)                # the last: "no class", learned
         self.stem = regular_conv(3, a)
         self.inject1 = Injection(e, a, conv)
         self.down1 = block(a, a)                                                     # 32x32
-        self.down2 = nn.Sequential(nn.AvgPool2d(2), block(a, b), block(b, b), Attention(b))
-        self.down3 = nn.Sequential(nn.AvgPool2d(2), block(b, c), Attention(c))
+        self.down2 = Stage(nn.AvgPool2d(2), block(a, b), block(b, b), Attention(b))
+        self.down3 = Stage(nn.AvgPool2d(2), block(b, c), Attention(c))
         self.inject2 = Injection(e, c, conv)
-        self.middle = nn.Sequential(block(c, c), Attention(c), block(c, c))          # 8x8
-        self.up2 = nn.Sequential(block(c + b, b), Attention(b), block(b, b))         # 16x16
-        self.up1 = nn.Sequential(block(b + a, a), block(a, a))                       # 32x32
+        self.middle = Stage(block(c, c), Attention(c), block(c, c))                  # 8x8
+        self.up2 = Stage(block(c + b, b), Attention(b), block(b, b))                 # 16x16
+        self.up1 = Stage(block(b + a, a), block(a, a))                               # 32x32
         self.out = nn.Sequential(nn.GroupNorm(8, a), nn.SiLU(), regular_conv(a, 3))
         for p in self.out[2].parameters(): nn.init.zeros_(p)     # first guess v = 0: our choice
         count = sum(p.numel() for p in self.parameters() if p.requires_grad)
@@ -332,12 +351,12 @@ class UNet(nn.Module):
         return labels if labels.is_floating_point() else self.label(labels)
 
     def forward(self, x, log_snr, labels):
-        embedding = F.silu(self.time(sinusoidal_embedding(log_snr)) + self.embed(labels))    # (B,E)
-        x1 = self.down1(self.inject1(self.stem(x), embedding))                    # (B,a,32,32)
-        x2 = self.down2(x1)                                                       # (B,b,16,16)
-        x3 = self.middle(self.inject2(self.down3(x2), embedding))                 # (B,c,8,8)
-        x2 = self.up2(torch.cat([F.interpolate(x3, scale_factor=2), x2], dim=1))  # (B,b,16,16)
-        x1 = self.up1(torch.cat([F.interpolate(x2, scale_factor=2), x1], dim=1))  # (B,a,32,32)
+        e = F.silu(self.time(sinusoidal_embedding(log_snr)) + self.embed(labels))    # (B,E)
+        x1 = self.down1(self.inject1(self.stem(x), e), e)                            # (B,a,32,32)
+        x2 = self.down2(x1, e)                                                       # (B,b,16,16)
+        x3 = self.middle(self.inject2(self.down3(x2, e), e), e)                      # (B,c,8,8)
+        x2 = self.up2(torch.cat([F.interpolate(x3, scale_factor=2), x2], dim=1), e)  # (B,b,16,16)
+        x1 = self.up1(torch.cat([F.interpolate(x2, scale_factor=2), x1], dim=1), e)  # (B,a,32,32)
         return self.out(x1).to(x.dtype)     # not bf16: guidance takes differences of two of these
 
 
@@ -391,10 +410,8 @@ def spliced_schedule(t):
 
 def spliced_inverse(log_snr):
     """t of spliced_schedule."""
-    joint = cosine_schedule(torch.tensor(0.80074257, dtype=log_snr.dtype))
-    u = torch.where(log_snr > joint.to(log_snr.device), cosine_inverse(log_snr),
-                    linear_inverse(log_snr) + 0.31537545)
-    return u / 1.31537545
+    u = cosine_inverse(log_snr)
+    return torch.where(u < 0.80074257, u, linear_inverse(log_snr) + 0.31537545) / 1.31537545
 
 
 def to_log_snr(t, schedule="cosine"):
@@ -748,7 +765,8 @@ def make_network(settings, run):
     """The UNet of `settings`, weights drawn from their seed. Raises SystemExit over the budget."""
     torch.manual_seed(settings.seed)
     try:
-        net = UNet(len(run.data.names), settings.width, after_injection=settings.after_injection)
+        net = UNet(len(run.data.names), settings.width, after_injection=settings.after_injection,
+                   modulate=settings.modulate == "on")
     except (AssertionError, ValueError) as error:
         sys.exit(f"error: --width {settings.width}: {error}")
     return net.to(run.device, memory_format=torch.channels_last)
@@ -851,8 +869,7 @@ def train(settings, command="python diffusion.py"):
         if not (step % settings.log_every == 0 or validate or grid or stop):
             continue
         if not torch.isfinite(average + sum(p.detach().sum() for p in net.parameters())):
-            sys.exit(f"\nerror: the loss is not finite at step {step:,}: try another --out with "
-                     "a lower --max-lr; the last good checkpoint, if any, is kept")
+            sys.exit(f"\nerror: loss not finite at step {step:,}: lower --max-lr, in another --out")
         took = time.perf_counter() - clock
         seconds, speed = seconds + took, (step - clock_step) * batch / took
         left = datetime.timedelta(seconds=int((steps - step) * batch / speed))
@@ -910,10 +927,9 @@ def sampling(settings, run):
     def say(done, count):
         speed, end = done / (time.perf_counter() - clock), "\r" if done < count else "\n"
         print(f"sampled {done:,} of {count:,}, {speed:,.1f} a second", end=end, flush=True)
-    schedule = settings.sample_schedule.replace("same", settings.schedule)
-    return dict(seed=settings.sample_seed, schedule=schedule, bf16=run.bf16,
-                steps=settings.sample_steps, eta=settings.eta, guidance=settings.guidance,
-                clip=settings.clip, batch=settings.sample_batch, say=say)
+    return dict(seed=settings.sample_seed, steps=settings.sample_steps, eta=settings.eta, say=say,
+                schedule=settings.sample_schedule.replace("same", settings.schedule), bf16=run.bf16,
+                guidance=settings.guidance, clip=settings.clip, batch=settings.sample_batch)
 
 
 def choose_labels(settings, run, count):
@@ -1065,8 +1081,7 @@ def main(argv=None):
             parser.error(f"--{name.replace('_', '-')} {value} is not within {low} to {high}")
     shapes = given.get("data") == "shapes"
     given["out"] = given.get("out") or f"runs/diffusion-{'shapes' if shapes else 'cifar100'}"
-    if shapes and mode == "train": given = {**SHAPES, **given}
-    if mode == "train": return train(Settings(**given), command)
+    if mode == "train": return train(Settings(**{**(SHAPES if shapes else {}), **given}), command)
     if mode == "schedules": return run_schedules(given["out"])
     # A checkpoint knows how it was made, but not on which machine we are.
     made = load_checkpoint(Path(given["out"]) / "checkpoint.pt")["settings"]

@@ -903,6 +903,27 @@ def test_unet_budget():
         raise AssertionError("a network over the budget was built")
 
 
+def test_modulation():
+    """Scale and shift in the middle of a block, by formula; and in every block, if asked for."""
+    torch.manual_seed(0)
+    block = diffusion.ResidualBlock(8, 16, diffusion.separable_conv, embedding=4)
+    x, e = torch.randn(2, 8, 6, 6), torch.randn(2, 4)
+    scale, shift = block.modulate(e)[:, :, None, None].split(16, dim=1)
+    middle = block.norm2(block.conv1(F.silu(block.norm1(x)))) * (1 + scale) + shift
+    torch.testing.assert_close(block(x, e), block.skip(x) + block.conv2(F.silu(middle)))
+    plain = diffusion.ResidualBlock(8, 16, diffusion.separable_conv)
+    plain.load_state_dict(block.state_dict(), strict=False)
+    assert not torch.allclose(block(x, e), plain(x))
+    for p in block.modulate.parameters():
+        torch.nn.init.zeros_(p)
+    torch.testing.assert_close(block(x, e), plain(x))
+    for on in (False, True):
+        net = diffusion.UNet(width=8, modulate=on)
+        blocks = [m for m in net.modules() if isinstance(m, diffusion.ResidualBlock)]
+        assert len(blocks) == 10 and all(bool(m.modulate) == on for m in blocks)
+        assert net(torch.randn(2, 3, 32, 32), torch.zeros(2), torch.tensor([3, 100])).shape[1] == 3
+
+
 def test_unet_depends_on_all():
     """Shape, and that picture, noise level and class each change the prediction."""
     net, x, log_snr = tiny_unet(), torch.randn(5, 3, 32, 32), torch.linspace(-8, 8, 5)
