@@ -4,7 +4,7 @@
 Section 1 of the paper "Modern Methods, Classical Constraints", in one file to read from the top:
 
     python classifier.py                     train on CIFAR-100 (downloaded if not in ./data)
-    python classifier.py --data shapes ...   the same on drawn shapes: no download, no GPU needed
+    python classifier.py --data shapes       the same on drawn shapes: no download, no GPU needed
     python classifier.py eval                measure the trained network again, and on the test set
     python classifier.py lr-find             learning-rate range test (reference 33 of the paper)
 
@@ -516,7 +516,7 @@ def set_up(settings):
     if not there[kind]: sys.exit(f"error: --device {kind}: this machine, or this torch, has none")
     try:
         (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
-        (out / "log.csv").open("a").close()
+        (out / "log.csv").open("a").close()           # better to fail now than after an hour
     except OSError as error:
         sys.exit(f"error: --out {out} can't be written ({error.strerror}): choose another folder")
     data = load_data(settings.data, settings.holdout, kind)

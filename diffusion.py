@@ -4,7 +4,7 @@
 Section 2 of the paper "Modern Methods, Classical Constraints", in one file to read from the top:
 
     python diffusion.py                       train on CIFAR-100 (downloaded if not in ./data)
-    python diffusion.py --data shapes ...     the same on drawn shapes: no download, no GPU needed
+    python diffusion.py --data shapes         the same on drawn shapes: no download, no GPU needed
     python diffusion.py sample --classes rose,whale --count 16 --guidance 2
     python diffusion.py interpolate           between pairs of pictures, all noise fixed
     python diffusion.py neighbours            the training pictures nearest to samples
@@ -507,6 +507,7 @@ def sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw=torch.randn_like):
         v = model(x, log_snrs[i].expand(len(x)))
         pred_x0 = clip_x0(to_x0_and_noise(x, v, alpha, sigma)[0], clip)
         pred_noise = (x - alpha * pred_x0) / sigma                 # fits the clipped picture
+        # With eta = 1 this is DDPM's posterior: its mean given pred_x0, and its variance [11].
         last = i == steps - 1
         fresh = 0 * sigma if last else (
             eta ** 2 * (next_sigma / sigma) ** 2 * (1 - (alpha / next_alpha) ** 2))      # variance
@@ -748,12 +749,12 @@ def set_up(settings):
     if not there[kind]: sys.exit(f"error: --device {kind}: this machine, or this torch, has none")
     try:
         (out := Path(settings.out)).mkdir(parents=True, exist_ok=True)
-        (out / "log.csv").open("a").close()
+        (out / "log.csv").open("a").close()           # better to fail now than after an hour
     except OSError as error:
         sys.exit(f"error: --out {out} can't be written ({error.strerror}): choose another folder")
     data = load_data(settings.data, kind)
     if (most := len(data.train_y)) < settings.batch_size: sys.exit(f"error: --batch-size > {most}")
-    find_classes(settings.classes, data.names)
+    find_classes(settings.classes, data.names)        # refuses unknown ones, early as well
     # bf16 has fp32's range, so unlike fp16 it needs no loss scaling; emulated, it is only slow.
     bf16 = kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     print(f"torch {torch.__version__} on {kind}, {'bf16' if bf16 else 'fp32'}; {most:,} pictures")
@@ -837,7 +838,7 @@ def train(settings, command="python diffusion.py"):
         sobol.fast_forward(step * batch)
         if state["device"] == run.device.type:                # each kind of device has its own kind
             random.set_state(state["random"])
-    order, average = order.to(run.device), average.to(run.device)
+    order, average = order.to(run.device), average.to(run.device)      # checkpoints are on the CPU
     print(f"parameters:\n{parameter_table(net)}\n{path}: {step:,} of {steps:,} steps done")
 
     # Ctrl-C and SIGTERM leave a note, and the loop ends after its step. A second one kills at once.
@@ -916,6 +917,7 @@ def write_log(out, history, steps):
     names = "step loss lr images_per_s val_loss bin0 bin1 bin2 bin3 bin4".split()
     lines = [",".join(str(row.get(name, "")) for name in names) for row in history]
     (out / "log.csv").write_text("\n".join([",".join(names), *lines, ""]))
+    # The first losses, near 1, would flatten all that follows: cut at 0.5.
     curve = lambda key: [(row["step"], min(row[key], 0.5)) for row in history if key in row]
     plot(out / "loss.png", dict(train=curve("loss"), validation=curve("val_loss")),
          "Velocity loss, Eq. (3)", ("optimiser step", 0, steps), ("loss", 0, 0.5))
