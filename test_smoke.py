@@ -966,10 +966,10 @@ def test_interpolation_ends():
 def test_nearest_neighbours():
     torch.manual_seed(0)
     pictures = torch.randint(0, 256, (7000, 3, 8, 8), dtype=torch.uint8)
-    queries = torch.cat([pictures[[6123]], pictures[[41]].flip(-1), pictures[[5001]].clone()])
+    queries = torch.cat([pictures[[6123]], pictures[[0]].flip(-1), pictures[[5001]].clone()])
     queries[2, 0, 0, 0] ^= 3
     distance, index, flipped = diffusion.nearest_neighbours(queries, pictures, k=3, chunk=2)
-    assert index[:, 0].tolist() == [6123, 41, 5001]
+    assert index[:, 0].tolist() == [6123, 0, 5001]
     assert flipped[:, 0].tolist() == [False, True, False]
     assert distance[:2, 0].tolist() == [0, 0] and 0 < distance[2, 0] <= 3
     both = torch.cat([pictures, pictures.flip(-1)]).flatten(1).float()
