@@ -972,9 +972,14 @@ def test_nearest_neighbours():
     assert index[:, 0].tolist() == [6123, 0, 5001]
     assert flipped[:, 0].tolist() == [False, True, False]
     assert distance[:2, 0].tolist() == [0, 0] and 0 < distance[2, 0] <= 3
-    both = torch.cat([pictures, pictures.flip(-1)]).flatten(1).float()
-    expected = torch.cdist(queries.flatten(1).float(), both, 2, "donot_use_mm_for_euclid_dist")
-    expected = expected.topk(3, largest=False).values
+    # A picture counts once, however alike it and its flip are: one that equals its flip is in too.
+    pictures[77] = pictures[77].maximum(pictures[77].flip(-1))
+    queries = torch.cat([queries, pictures[[77]]])
+    distance, index, flipped = diffusion.nearest_neighbours(queries, pictures, k=3, chunk=2)
+    assert index[3, 0] == 77 and all(len(set(row)) == 3 for row in index.tolist())
+    apart = lambda x: torch.cdist(queries.flatten(1).float(), x.flatten(1).float(), 2,
+                                  "donot_use_mm_for_euclid_dist")
+    expected = apart(pictures).minimum(apart(pictures.flip(-1))).topk(3, largest=False).values
     torch.testing.assert_close(distance, expected, atol=0.05, rtol=1e-4)
 
 
