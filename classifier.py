@@ -554,7 +554,6 @@ def make_network(settings, run):
                 probe(run.prepare(run.data.train_x[:settings.batch_size])).sum().backward()
             net.compile()
         except Exception as error:
-            if settings.compile == "on": raise
             print(f"going on without torch.compile: {type(error).__name__}: {str(error)[:200]}")
     return net
 
