@@ -1131,7 +1131,8 @@ def test_diffusion_learns():
         mixed = torch.randperm(len(data.test_y), generator=torch.Generator().manual_seed(0))
         wrong = data.test_y[mixed]
         shuffled, _ = diffusion.validation_loss(net, data.test_x, wrong, "linear")
-        assert loss < 0.25 and shuffled > 1.03 * true, (true, shuffled)
+        # A network that says zero has 0.75 here.
+        assert loss < 0.4 and shuffled > 1.3 * true, (true, shuffled)
 
 
 def test_diffusion_bad_input():
