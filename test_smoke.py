@@ -593,14 +593,17 @@ def test_lr_find():
 
 
 def test_compile_falls_back():
-    """Where torch.compile fails, one line says so and the run goes on."""
+    """Where torch.compile fails, one line says so and the run goes on; both scripts."""
     with patched() as monkey, tempfile.TemporaryDirectory() as out:
-        small_shapes(classifier, monkey)
         def broken(self, *args, **kwargs):
             raise RuntimeError("no compiler")
         monkey(torch.nn.Module, "compile", broken)
-        _, text = run(classifier, *TINY, "--steps", 3, "--compile", "on", "--out", out)
-        assert "going on without torch.compile: RuntimeError: no compiler" in text
+        for module, flags in (classifier, TINY), (diffusion, SMALL):
+            small_shapes(module, monkey)
+            _, text = run(module, *flags, "--steps", 3, "--compile", "on", "--out",
+                          f"{out}/{module.__name__}")
+            assert "going on without torch.compile: RuntimeError: no compiler" in text
+            assert "3/3" in text
 
 
 def test_not_finite_stops():
