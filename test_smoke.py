@@ -185,7 +185,7 @@ def test_header_and_top_level():
 
 VARIANTS = [dict(block="gpt2"), dict(activation="gelu"), dict(activation="relu"),
             dict(weights="untied"), dict(positions="learned"), dict(positions="none"),
-            dict(downsample="strided"), *(dict(layers=n) for n in (0, 1, 2, 3, 5, 6))]
+            dict(downsample="strided"), dict(stem="plain"), *(dict(layers=n) for n in (0, 1, 2, 3, 5, 6))]
 
 
 def test_classifier_budget():
@@ -328,6 +328,27 @@ def test_shapes_defaults():
         assert drawn.steps == 7 and drawn.batch_size == module.SHAPES["batch_size"]
         assert usual == module.Settings(out=usual.out) and usual.batch_size != drawn.batch_size
         assert drawn.out.endswith("shapes") and usual.out.endswith("cifar100")
+
+
+def test_recipe_paper():
+    """--recipe paper gives the paper's design back, whatever the defaults; a flag still wins."""
+    with patched() as monkey:
+        monkey(classifier, "train", lambda settings, *_, **__: settings)
+        paper, _ = run(classifier, "--recipe", "paper")
+        mixed, _ = run(classifier, "--recipe", "paper", "--stem", "residual")
+        usual, _ = run(classifier)
+    assert paper.stem == "plain" and mixed.stem == usual.stem == "residual"
+    for name, value in classifier.PAPER.items():
+        assert getattr(usual, name) != value, f"{name}: PAPER names what is the default anyway"
+    # The two differ in the last two convolutions alone, by the input that is added.
+    torch.manual_seed(0)
+    ours, x = classifier.Classifier(width=16).eval(), torch.randn(2, 3, 32, 32)
+    plain = classifier.Classifier(width=16, stem="plain").eval()
+    plain.load_state_dict(ours.state_dict())
+    middle = plain.stem[:4](x)
+    assert torch.equal(middle, ours.stem[:4](x))
+    assert torch.allclose(ours.stem[4](middle), middle + plain.stem[4](middle))
+    assert torch.allclose(plain.stem[5](plain.stem[4](middle)), plain.stem(x))
 
 
 def test_augment():
