@@ -237,10 +237,9 @@ def depthwise_separable(c_in, c_out, filters=1, strided=False, activation=nn.SiL
     is the paper's "4,2,1" [1.2.2]: kernel, stride, padding, instead of max-pooling.
     """
     kernel, stride, c_mid = (4, 2, c_in * filters) if strided else (3, 1, c_in * filters)
-    space = nn.Conv2d(c_in, c_mid, kernel, stride, padding=1, groups=c_in, bias=False)
-    mixture = nn.Conv2d(c_mid, c_out, 1, bias=False)     # no biases: BatchNorm would subtract them
-    parts = space, nn.BatchNorm2d(c_mid), activation(), mixture, nn.BatchNorm2d(c_out), activation()
-    return nn.Sequential(*parts)
+    return nn.Sequential(       # no biases: BatchNorm would subtract them again
+        nn.Conv2d(c_in, c_mid, kernel, stride, 1, groups=c_in, bias=False), nn.BatchNorm2d(c_mid),
+        activation(), nn.Conv2d(c_mid, c_out, 1, bias=False), nn.BatchNorm2d(c_out), activation())
 
 
 class Residual(nn.Sequential):
