@@ -185,7 +185,8 @@ def test_header_and_top_level():
 
 VARIANTS = [dict(block="gpt2"), dict(activation="gelu"), dict(activation="relu"),
             dict(weights="untied"), dict(positions="learned"), dict(positions="none"),
-            dict(downsample="strided"), dict(stem="plain"), *(dict(layers=n) for n in (0, 1, 2, 3, 5, 6))]
+            dict(downsample="strided"), dict(stem="plain"),
+            *(dict(layers=n) for n in (0, 1, 2, 3, 5, 6))]
 
 
 def test_classifier_budget():
