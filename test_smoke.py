@@ -925,6 +925,17 @@ def test_unet_budget():
         small = diffusion.UNet(width=8, after_injection=kind)
         conv = [m for m in small.inject1.modules() if isinstance(m, torch.nn.Conv2d)][0]
         assert conv.groups == groups
+    # Without --width, the largest that fits; modulation costs parameters, so without it more does.
+    here = diffusion.Run(torch.device("cpu"), False, None, diffusion.Data(*4 * [None], range(100), 0),
+                         None)
+    for modulate, width in ("on", 48), ("off", 56):
+        net = diffusion.make_network(diffusion.Settings(modulate=modulate), here)
+        assert net.stem.out_channels == width
+        try:
+            diffusion.UNet(width=width + 8, modulate=modulate == "on")
+        except AssertionError:
+            continue
+        raise AssertionError(f"{width + 8} fits too")
     try:
         diffusion.UNet(width=72)
     except AssertionError as error:
