@@ -965,6 +965,20 @@ def test_modulation():
         assert net(torch.randn(2, 3, 32, 32), torch.zeros(2), torch.tensor([3, 100])).shape[1] == 3
 
 
+def test_unet_attention_by_formula():
+    """x + out(heads side by side), each head a softmax average among the places of a picture."""
+    torch.manual_seed(0)
+    attention, x = diffusion.Attention(128), torch.randn(2, 128, 3, 5)       # 2 heads of 64
+    assert torch.equal(attention(x), x)                                     # starts as the identity
+    torch.nn.init.normal_(attention.out.weight, std=0.1)
+    tokens = attention.norm(x).permute(0, 2, 3, 1).reshape(2, 15, 128)
+    q, k, v = attention.qkv(tokens).split(128, dim=2)
+    heads = [torch.softmax(q[..., i] @ k[..., i].transpose(1, 2) / 8, -1) @ v[..., i]
+             for i in (slice(0, 64), slice(64, 128))]
+    out = attention.out(torch.cat(heads, 2)).reshape(2, 3, 5, 128).permute(0, 3, 1, 2)
+    torch.testing.assert_close(attention(x), x + out, atol=1e-5, rtol=1e-4)
+
+
 def test_unet_depends_on_all():
     """Shape, and that picture, noise level and class each change the prediction."""
     net, x, log_snr = tiny_unet(), torch.randn(5, 3, 32, 32), torch.linspace(-8, 8, 5)
