@@ -91,6 +91,7 @@ class Settings:
     ema: Annotated[float, "decay of the averaged weights, after warm-up", 0.0, 0.99999] = 0.999
     label_drop: Annotated[float, "share of labels dropped, for guidance", 0.0, 1.0] = 0.1
     schedule: Annotated[Literal["cosine", "linear", "spliced"], "when training"] = "cosine"
+    timesteps: Annotated[Literal["sobol", "independent"], "how t is drawn"] = "sobol"
     width: Annotated[int, "channels at 32x32; 0: as many as the budget allows", 0, 4096] = 0
     after_injection: Annotated[Literal["regular", "separable"], "convolution there"] = "regular"
     # Beyond the paper, on because figures decided: validation loss 0.140 with it, 0.147 without it
@@ -863,6 +864,8 @@ def train(settings, command="python diffusion.py"):
         x = torch.where(flip.view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)    # the one augmentation
         noise = torch.randn(x.shape, generator=random, device=run.device)
         t = sobol.draw(batch)[:, 0].to(run.device, non_blocking=True)
+        if settings.timesteps == "independent":
+            t = torch.rand(batch, generator=random, device=run.device)
         assert step < MAX_STEPS, "the step budget is spent"
         rate = learning_rate(step, steps, settings.max_lr, settings.warm_up)
         optimiser.param_groups[0]["lr"] = rate

@@ -876,6 +876,34 @@ def test_sobol_is_even():
     assert torch.equal(again.draw(64)[:, 0].sort().values, t)
 
 
+def test_timesteps():
+    """What training gets: a batch of Sobol t covers [0,1] evenly, an independent one doesn't, and
+    each step's t differ from the last one's. With all else equal, pictures and labels too."""
+    seen, gaps = {}, lambda t: torch.cat([t[:1], t.diff(), 1 - t[-1:]]).max().item()
+    for how in ("sobol", "independent"):
+        with patched() as monkey, tempfile.TemporaryDirectory() as out:
+            small_shapes(diffusion, monkey)
+            step, seen[how] = diffusion.training_step, []
+            def spy(net, optimiser, x, y, t, *rest):
+                seen[how].append((y.clone(), t.clone()))
+                return step(net, optimiser, x, y, t, *rest)
+            monkey(diffusion, "training_step", spy)
+            for mode in ("run_sample", "run_interpolate", "run_neighbours", "draw_demo"):
+                monkey(diffusion, mode, lambda *args: None)
+            run(diffusion, "--data", "shapes", "--width", 8, "--steps", 4, "--batch-size", 64,
+                "--timesteps", how, "--out", out)
+            assert "timesteps" in refused(diffusion, "--data", "shapes", "--width", 8, "--steps", 4,
+                                          "--batch-size", 64, "--timesteps",
+                                          "sobol" if how == "independent" else "independent",
+                                          "--out", out)             # a run keeps what it began with
+    # 64 Sobol points: one in each 64th of [0,1]. Independent ones leave gaps of some ln(64)/64.
+    assert all(gaps(t.sort().values) < 2 / 64 for _, t in seen["sobol"])
+    assert all(gaps(t.sort().values) > 2 / 64 for _, t in seen["independent"])
+    for batches in seen.values():
+        assert len(batches) == 4 and not any(torch.equal(a[1], b[1]) for a, b in zip(batches, batches[1:]))
+    assert torch.equal(seen["sobol"][0][0], seen["independent"][0][0])
+
+
 def test_ema():
     net, average = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
     old = [p.detach().clone() for p in average.parameters()]
