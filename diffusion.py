@@ -78,7 +78,7 @@ class Settings:
     out: Annotated[str, "folder to write to; empty: runs/diffusion-<data set>"] = ""
     seed: Annotated[int, "decides weights, data order, noise and samples", 0, 2**31] = 0
     device: Annotated[Literal["auto", "cuda", "mps", "cpu"], "where to compute"] = "auto"
-    compile: Annotated[Literal["auto", "on", "off"], "torch.compile training; auto: on CUDA"] = "auto"
+    compile: Annotated[Literal["auto", "on", "off"], "compiled training; auto: on CUDA"] = "auto"
     log_every: Annotated[int, "steps between lines of progress", 1, MAX_STEPS] = 50
     eval_every: Annotated[int, "steps between validations, each with a save", 1, MAX_STEPS] = 1000
     grid_every: Annotated[int, "steps between grids of samples", 1, MAX_STEPS] = 5000
