@@ -88,7 +88,7 @@ class Settings:
     max_lr: Annotated[float, "peak learning rate, then a cosine to 0", 1e-8, 10.0] = 2e-3
     warm_up: Annotated[int, "steps until the peak", 1, MAX_STEPS] = 500
     clip_norm: Annotated[float, "largest norm of the gradient", 1e-6, 1e6] = 1.0
-    ema: Annotated[float, "decay of the averaged weights, after warm-up", 0.0, 0.99999] = 0.999
+    ema: Annotated[float, "decay of the averaged weights; rises to it", 0.0, 0.99999] = 0.999
     label_drop: Annotated[float, "share of labels dropped, for guidance", 0.0, 1.0] = 0.1
     schedule: Annotated[Literal["cosine", "linear", "spliced"], "when training"] = "cosine"
     timesteps: Annotated[Literal["sobol", "independent"], "how t is drawn"] = "sobol"
@@ -104,7 +104,7 @@ class Settings:
     eta: Annotated[float, "fresh noise a step; 1: DDPM, 0: DDIM", 0.0, 1.0] = 1.0
     guidance: Annotated[float, "w of equation (4)", -1.0, 100.0] = 3.0
     clip: Annotated[Literal["none", "static", "dynamic"], "of predicted pictures"] = "dynamic"
-    classes: Annotated[str, "names or numbers to sample, by commas; empty: all in turn"] = ""
+    classes: Annotated[str, "names or numbers to sample, by commas; empty: all, mixed"] = ""
     count: Annotated[int, "pictures to sample", 1, 1_000_000] = 64
     sample_seed: Annotated[int, "seed of samples", 0, 2**31] = 0
     sample_batch: Annotated[int, "pictures sampled at once, rounded up to 50s", 1, 65_536] = 250
@@ -503,27 +503,24 @@ def clip_x0(pred_x0, how="dynamic", percentile=0.995):
 
 @torch.no_grad()
 def sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw=torch.randn_like):
-    """Pictures from noise: x (B,3,H,W) at log_snrs[0] -> x at log_snrs[-1] [2.3, 11, 35].
+    """Pictures from noise: x (B,3,H,W) at log_snrs[0] -> the last x_0 predicted [2.3, 11, 35].
 
-    model(x_t, log_snr (B,)) gives v; log_snrs (S+1,) rises from noise to picture. A step from t to
-    s splits x_t into picture and noise, and mixes them anew at s. Of the noise, the variance
+    model(x_t, log_snr (B,)) gives v; log_snrs (S,) rises, a call of the model each. A step from t
+    to s splits x_t into picture and noise, and mixes them anew at s. Of the noise, the variance
     eta² (sigma_s²/sigma_t²) (1 - alpha_t²/alpha_s²) is fresh: eta = 1 is DDPM, eta = 0 DDIM. The
-    last step adds none. `draw(x)` gives fresh noise in x's shape.
+    last step ends with the picture it has split off. `draw(x)` gives fresh noise in x's shape.
     """
     alphas, sigmas = (scale.view(-1) for scale in to_alpha_sigma(log_snrs))
-    steps = len(log_snrs) - 1
-    for i in range(steps):
-        alpha, sigma, next_alpha, next_sigma = alphas[i], sigmas[i], alphas[i + 1], sigmas[i + 1]
-        v = model(x, log_snrs[i].expand(len(x)))
+    for i, log_snr in enumerate(log_snrs):
+        alpha, sigma, v = alphas[i], sigmas[i], model(x, log_snr.expand(len(x)))
         pred_x0 = clip_x0(to_x0_and_noise(x, v, alpha, sigma)[0], clip)
+        if i == len(log_snrs) - 1: return pred_x0
+        next_alpha, next_sigma = alphas[i + 1], sigmas[i + 1]
         pred_noise = (x - alpha * pred_x0) / sigma                 # fits the clipped picture
         # With eta = 1 this is DDPM's posterior: its mean given pred_x0, and its variance [11].
-        last = i == steps - 1
-        fresh = 0 * sigma if last else (
-            eta ** 2 * (next_sigma / sigma) ** 2 * (1 - (alpha / next_alpha) ** 2))      # variance
+        fresh = eta ** 2 * (next_sigma / sigma) ** 2 * (1 - (alpha / next_alpha) ** 2)  # variance
         x = next_alpha * pred_x0 + (next_sigma ** 2 - fresh).clamp(min=0).sqrt() * pred_noise
-        if eta > 0 and not last: x = x + fresh.sqrt() * draw(x)
-    return x
+        if eta > 0: x = x + fresh.sqrt() * draw(x)
 
 
 def slerp(a, b, share):
@@ -590,7 +587,7 @@ def sample_set(net, labels, seed=0, schedule="cosine", steps=100, eta=1.0, guida
     noise, if not drawn. `say` hears of progress. Leaves `net` in evaluation mode.
     """
     net, device, pictures = net.eval(), labels.device, []
-    log_snrs = to_log_snr(torch.linspace(1, 0, steps + 1, device=device), schedule)
+    log_snrs = to_log_snr(torch.linspace(1, 0, steps + 1, device=device)[:-1], schedule)
     batch = math.ceil(batch / CHUNK) * CHUNK
     for first in range(0, len(labels), batch):
         some = labels[first:first + batch]
@@ -829,8 +826,9 @@ def train(settings, command="python diffusion.py"):
     compile_network(net, settings.compile, run, batch)
     optimiser = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
     # Low-discrepancy t [2.2]: each draw falls into a gap the earlier ones left, so a batch covers
-    # [0,1] evenly and the loss estimate varies less. A place in the batch keeps to its own part of
-    # [0,1], so nothing else here may depend on the place: the pictures come in random order.
+    # [0,1] evenly and the loss estimate varies less. If the batch is a power of two, a place in it
+    # keeps to its own part of [0,1], so nothing else here may depend on the place: the pictures
+    # come in random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
     # All other chance comes from one generator on the device; sampling has its own, so a grid in
     # between changes nothing. An epoch is one random order of the pictures. `average` is of the
@@ -914,7 +912,7 @@ def train(settings, command="python diffusion.py"):
         mode(settings, run, average_net)
     # FID wants 10,000 samples, hours on a CPU, and has no meaning for drawn shapes.
     if run.device.type != "cpu" and settings.data != "shapes": run_fid(settings, run, average_net)
-    else: print("FID is left out here; `python diffusion.py fid` computes it")
+    else: print("FID is left out on a CPU, and of drawn shapes; the mode fid computes it")
     return history[-1]["val_loss"]
 
 
