@@ -89,7 +89,7 @@ class Settings:
     warm_up: Annotated[int, "steps until the peak", 1, MAX_STEPS] = 500
     clip_norm: Annotated[float, "largest norm of the gradient", 1e-6, 1e6] = 1.0
     ema: Annotated[float, "decay of the averaged weights; rises to it", 0.0, 0.99999] = 0.999
-    label_drop: Annotated[float, "share of labels dropped, for guidance", 0.0, 1.0] = 0.1
+    label_drop: Annotated[float, "share of labels dropped; 0: no guidance", 0.0, 1.0] = 0.1
     schedule: Annotated[Literal["cosine", "linear", "spliced"], "when training"] = "cosine"
     timesteps: Annotated[Literal["sobol", "independent"], "how t is drawn"] = "sobol"
     width: Annotated[int, "channels at 32x32; 0: as many as the budget allows", 0, 4096] = 0
@@ -102,8 +102,8 @@ class Settings:
     sample_schedule: Annotated[Literal["same", "cosine", "linear", "spliced"], "sampling"] = "same"
     sample_steps: Annotated[int, "network calls a sample", 1, 10_000] = 100
     eta: Annotated[float, "fresh noise a step; 1: DDPM, 0: DDIM", 0.0, 1.0] = 1.0
-    # The paper's w = 3 also scored best, after 12,000 steps of 32 on a CPU: FID-1280 (see README) of
-    # 2,000 samples 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w = 0, 0.25, 0.5, 1, 2, 3.
+    # The paper's w = 3 also scored best after 12,000 steps of 32 on a CPU: FID-1280 (see README)
+    # of 2,000 samples 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w = 0, 0.25, 0.5, 1, 2, 3.
     guidance: Annotated[float, "w of equation (4)", -1.0, 100.0] = 3.0
     clip: Annotated[Literal["none", "static", "dynamic"], "of predicted pictures"] = "dynamic"
     classes: Annotated[str, "names or numbers to sample, by commas; empty: all, mixed"] = ""
@@ -934,13 +934,14 @@ def write_log(out, history, steps):
 
 def sampling(settings, run):
     """What sample_set takes from the settings, as keywords; `say` prints progress and speed."""
-    clock = time.perf_counter()
+    # Where no label was ever dropped, "no class" was not learnt: guidance would add noise.
+    w, clock = settings.guidance if settings.label_drop > 0 else 0.0, time.perf_counter()
     def say(done, count):
         speed, end = done / (time.perf_counter() - clock), "\r" if done < count else "\n"
         print(f"sampled {done:,} of {count:,}, {speed:,.1f} a second", end=end, flush=True)
     return dict(seed=settings.sample_seed, steps=settings.sample_steps, eta=settings.eta, say=say,
                 schedule=settings.sample_schedule.replace("same", settings.schedule), bf16=run.bf16,
-                guidance=settings.guidance, clip=settings.clip, batch=settings.sample_batch)
+                guidance=w, clip=settings.clip, batch=settings.sample_batch)
 
 
 def choose_labels(settings, run, count):

@@ -1036,6 +1036,14 @@ def test_sample_set():
     assert far(x[:50], x[50:100]).mean() > 5
 
 
+def test_no_guidance_without_dropped_labels():
+    """Without dropped labels "no class" is an embedding that was never trained."""
+    run = diffusion.Run("cpu", False, None, None, None)
+    for drop, w in ((0.1, 3.0), (0.0, 0.0)):
+        settings = diffusion.Settings(label_drop=drop, guidance=3.0)
+        assert diffusion.sampling(settings, run)["guidance"] == w
+
+
 def test_interpolation_ends():
     net = tiny_unet()
     ends, labels = torch.randn(2, 3, 3, 32, 32), torch.tensor([[0, 1, 2], [3, 4, 5]])
