@@ -10,7 +10,10 @@ from the top:
     python classifier.py lr-find          learning-rate range test
     python classifier.py --help           all settings
 
-RESULT_PLACEHOLDER
+A run writes one folder, runs/classifier-<data set>. Start the same command again and it goes
+on where it stopped.
+
+Result so far: 10,000 steps of 128 (the full budget is 1,024) on a CPU; being measured again.
 
 The paper's Figure 1 with our widths (D = 80, 98,804 parameters; "x + depthwise" is ours):
 
@@ -68,25 +71,26 @@ MAX_PARAMETERS = 100_000  # [1.1] fewer than this, asserted right above the trai
 MAX_STEPS = 10_000  # [1.1] gradient updates at most, asserted in the training loop
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 1. Settings
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def setting(default, help, low=None, high=None, choices=None):
-    """A field of Settings: its default, what --help says, and which values it may have."""
+    """A field of Settings: its default, what --help says, and which values it may
+    have."""
     limits = dict(help=help, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, metadata=limits)
 
 
 @dataclasses.dataclass
 class Settings:
-    """All settings; each is a flag of the command line too. Raises ValueError, as a sentence,
-    for a value that its field does not allow.
+    """All settings; each is a flag of the command line too. Raises ValueError, as a
+    sentence, for a value that its field does not allow.
 
-    The defaults are the paper's design but for `stem`. The paper's optimal values are "in the
-    provided implementation" [1.2.2], which is not public. So all numbers but batch size, steps
-    and layers are our choice.
+    The defaults are the paper's design but for `stem`. The paper's optimal values are
+    "in the provided implementation" [1.2.2], which is not public. So all numbers but
+    batch size, steps and layers are our choice.
     """
 
     # Where pictures come from and results go to.
@@ -95,7 +99,8 @@ class Settings:
     holdout: int = setting(0, "training pictures to validate on; 0: the test set", 0, 25_000)
     seed: int = setting(0, "decides weights, data order, augmentation", 0, 2**31)
 
-    # Where it runs. A device changes how numbers are rounded, and with them the last digits.
+    # Where it runs. A device changes how numbers are rounded, and with them the last
+    # digits.
     device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
@@ -109,12 +114,14 @@ class Settings:
     label_smoothing: float = setting(0.1, "share of the target spread evenly", 0.0, 0.99)
     clip_norm: float = setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
 
-    # Light, as small networks underfit under heavy augmentation. On 5,000 held-out pictures
-    # (800 steps of 128, seed 0) this much reached 35.70 %, none at all 34.34 %.
+    # Light, as small networks underfit under heavy augmentation. On 5,000 held-out
+    # pictures (800 steps of 128, seed 0) this much reached 35.70 %, none at all 34.34
+    # %.
     randaugment_ops: int = setting(1, "RandAugment operations per picture; 0: none", 0, 10)
     randaugment_magnitude: int = setting(2, "RandAugment strength", 0, 30)
 
-    # What the paper varied [1.2.2]; by default what it ended with, or what works for us.
+    # What the paper varied [1.2.2]; by default what it ended with, or what works for
+    # us.
     block: str = setting("llama", "kind of encoder layer", choices=("llama", "gpt2"))
     activation: str = setting("silu", "in all layers", choices=("silu", "gelu", "relu"))
     layers: int = setting(4, "how often the encoder layer is applied", 0, 6)
@@ -124,8 +131,8 @@ class Settings:
     width: int = setting(0, "channels D; 0: as many as the budget allows", 0, 4096)
 
     # Beyond the paper, and on by default because it helped: x + f(x) in the last two
-    # convolutions reached 31.7 % of 5,000 held-out pictures, f(x) alone 26.5 % (600 steps of
-    # 128, seed 0).
+    # convolutions reached 31.7 % of 5,000 held-out pictures, f(x) alone 26.5 % (600
+    # steps of 128, seed 0).
     stem: str = setting("residual", "last two convolutions", choices=("residual", "plain"))
     recipe: str = setting("ours", "paper: nothing beyond the paper", choices=("ours", "paper"))
 
@@ -139,8 +146,8 @@ class Settings:
         return Path(self.out or f"runs/classifier-{name}")
 
 
-# These don't shape what is learned, so they may change when a run is resumed. (The pictures
-# themselves are compared by checksum, wherever they lie.)
+# These don't shape what is learned, so they may change when a run is resumed. (The
+# pictures themselves are compared by checksum, wherever they lie.)
 FREE_TO_CHANGE = "data out device compile log_every eval_every recipe".split()
 
 # The drawn shapes are learned in minutes, on a CPU too: defaults in their case.
@@ -150,22 +157,23 @@ SHAPES = dict(steps=250, batch_size=128, eval_every=125)
 PAPER = dict(stem="plain")
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. Layers and network
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def depthwise_separable(c_in, c_out, filters=1, strided=False, activation=nn.SiLU):
     """Depthwise-separable convolution [31, 41]: (B,c_in,H,W) -> (B,c_out,H,W).
 
-    A 3x3 convolution costs 9 * c_in * c_out weights. Split in two, first 3x3 filters for each
-    channel (space), then a 1x1 mixture of the channels (features), it costs 9 * c_in * filters
-    + c_in * filters * c_out: with one filter per channel about an eighth, for 80 channels.
-    The first layer takes more than one, as three colours alone would leave the mixture too
-    little to mix. BatchNorm [17] and activation follow each half, as in MobileNet (our choice).
+    A 3x3 convolution costs 9 * c_in * c_out weights. Split in two, first 3x3 filters
+    for each channel (space), then a 1x1 mixture of the channels (features), it costs 9
+    * c_in * filters + c_in * filters * c_out: with one filter per channel about an
+    eighth, for 80 channels. The first layer takes more than one, as three colours alone
+    would leave the mixture too little to mix. BatchNorm [17] and activation follow each
+    half, as in MobileNet (our choice).
 
-    `strided` is the paper's "4,2,1" [1.2.2], kernel, stride and padding, instead of max-pooling;
-    then the result is (B,c_out,H/2,W/2).
+    `strided` is the paper's "4,2,1" [1.2.2], kernel, stride and padding, instead of
+    max-pooling; then the result is (B,c_out,H/2,W/2).
     """
     c_mid = c_in * filters
     kernel = 4 if strided else 3
@@ -188,10 +196,12 @@ class Residual(nn.Sequential):
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x²) + eps) * gain over the last axis [44]: LayerNorm without mean and bias."""
+    """x / sqrt(mean(x²) + eps) * gain over the last axis [44]: LayerNorm without mean
+    and bias."""
 
     def forward(self, x):
-        # Under autocast x is bf16 and the gain fp32, for which torch has no fused kernel.
+        # Under autocast x is bf16 and the gain fp32, for which torch has no fused
+        # kernel.
         gain = self.weight.to(x.dtype)
         return F.rms_norm(x, self.normalized_shape, gain, self.eps)
 
@@ -210,7 +220,8 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B,T,3,heads,D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,T,D/heads)
 
-        # softmax(q k^T / sqrt(D/heads)) v: each token takes a weighted mean of all tokens.
+        # softmax(q k^T / sqrt(D/heads)) v: each token takes a weighted mean of all
+        # tokens.
         mixed = F.scaled_dot_product_attention(q, k, v)  # (B,heads,T,D/heads)
 
         # The heads side by side again.
@@ -218,7 +229,8 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """out(act(gate(x)) * value(x)): (B,T,D) -> (B,T,D). With SiLU it is called SwiGLU [32]."""
+    """out(act(gate(x)) * value(x)): (B,T,D) -> (B,T,D). With SiLU it is called SwiGLU
+    [32]."""
 
     def __init__(self, width, hidden, activation=nn.SiLU):
         super().__init__()
@@ -235,9 +247,9 @@ class GatedMLP(nn.Module):
 class EncoderLayer(nn.Module):
     """A transformer encoder layer, each half normalised before it: (B,T,D) -> (B,T,D).
 
-    "llama" is the paper's [1.2.1]: RMSNorm, gated MLP, no biases; hidden width 2D is our choice.
-    "gpt2" is the one it compared with: LayerNorm, plain MLP of width 4D, biases. Neither has
-    dropout.
+    "llama" is the paper's [1.2.1]: RMSNorm, gated MLP, no biases; hidden width 2D is
+    our choice. "gpt2" is the one it compared with: LayerNorm, plain MLP of width 4D,
+    biases. Neither has dropout.
     """
 
     def __init__(self, width, block="llama", activation=nn.SiLU):
@@ -261,27 +273,31 @@ class EncoderLayer(nn.Module):
 
 
 def fourier_positions(side, width):
-    """Sines and cosines of row and column [42], each at width/4 frequencies: (side², width).
+    """Sines and cosines of row and column [42], each at width/4 frequencies: (side²,
+    width).
 
-    Wavelengths go from 2 tokens, which tells neighbours apart, to 2 * side, which differs at
-    every place (our choice).
+    Wavelengths go from 2 tokens, which tells neighbours apart, to 2 * side, which
+    differs at every place (our choice).
     """
     place = torch.arange(side)[:, None]  # (side,1)
     frequency = side ** -torch.linspace(0, 1, width // 4)  # (D/4,), 1 to 1/side
     angle = place * math.pi * frequency  # (side,D/4)
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side,D/2)
 
-    # Token number row * side + column: the first half tells the row, the second the column.
+    # Token number row * side + column: the first half tells the row, the second the
+    # column.
     row = wave.repeat_interleave(side, dim=0)  # (side²,D/2)
     column = wave.repeat(side, 1)  # (side²,D/2)
     return torch.cat([row, column], dim=1)
 
 
 class Classifier(nn.Module):
-    """The paper's classifier [1.2.1]: normalised pictures (B,3,32,32) -> logits (B,classes).
+    """The paper's classifier [1.2.1]: normalised pictures (B,3,32,32) -> logits
+    (B,classes).
 
-    The arguments are the paper's variants [1.2.2]; this file's header shows the default. Raises
-    ValueError if `width` is no multiple of 4 (four heads; sine and cosine of two axes).
+    The arguments are the paper's variants [1.2.2]; this file's header shows the
+    default. Raises ValueError if `width` is no multiple of 4 (four heads; sine and
+    cosine of two axes).
     """
 
     def __init__(
@@ -302,8 +318,8 @@ class Classifier(nn.Module):
             raise ValueError(f"--width {width} is not a multiple of 4")
         activation = dict(silu=nn.SiLU, gelu=nn.GELU, relu=nn.ReLU)[activation]
 
-        # Max-pooling "after the first two layers" [1.2.1]. Four layers, their widths and eight
-        # filters per colour are our choice.
+        # Max-pooling "after the first two layers" [1.2.1]. Four layers, their widths
+        # and eight filters per colour are our choice.
         strided = downsample == "strided"
         pool = nn.Identity() if strided else nn.MaxPool2d(2)
         stages = [
@@ -321,8 +337,8 @@ class Classifier(nn.Module):
             stages.append(stage)  # (B,D,8,8)
         self.stem = nn.Sequential(*stages)
 
-        # Attention by itself does not see where a token is. Learned positions are weights; the
-        # others are constants, hence a buffer and not in the checkpoint.
+        # Attention by itself does not see where a token is. Learned positions are
+        # weights; the others are constants, hence a buffer and not in the checkpoint.
         if positions == "learned":
             self.positions = nn.Parameter(0.02 * torch.randn(64, width))
         elif positions == "fourier":
@@ -332,9 +348,9 @@ class Classifier(nn.Module):
             table = torch.zeros(64, width)
             self.register_buffer("positions", table, persistent=False)
 
-        # Tied weights [1.2.2, 7]: one layer, applied again and again. At width 80 it has 64,160
-        # weights; four layers of their own would need 256,640. Tying is not free depth, though:
-        # all applications must make do with the same weights.
+        # Tied weights [1.2.2, 7]: one layer, applied again and again. At width 80 it
+        # has 64,160 weights; four layers of their own would need 256,640. Tying is not
+        # free depth, though: all applications must make do with the same weights.
         distinct = layers
         if weights == "tied" and layers > 0:
             distinct = 1
@@ -344,9 +360,10 @@ class Classifier(nn.Module):
             self.encoder.append(EncoderLayer(width, block, activation))
         self.norm = RMSNorm(width) if block == "llama" else nn.LayerNorm(width)
 
-        # "A pair of linear transformations" [1.2.1], nothing between them, although they multiply
-        # out to one matrix: with SiLU between, the prototype of this network fell from 27.4 to
-        # 25.1 % (5,000 held-out pictures, 400 steps of 256, seed 0). Width between: our choice.
+        # "A pair of linear transformations" [1.2.1], nothing between them, although
+        # they multiply out to one matrix: with SiLU between, the prototype of this
+        # network fell from 27.4 to 25.1 % (5,000 held-out pictures, 400 steps of 256,
+        # seed 0). Width between: our choice.
         self.head = nn.Sequential(nn.Linear(width, width), nn.Linear(width, classes))
 
     def forward(self, x):
@@ -365,8 +382,8 @@ class Classifier(nn.Module):
 
 
 def count_parameters(net):
-    """How many numbers training can change. BatchNorm's running averages are measured, not
-    trained, and constant positions are neither: they don't count."""
+    """How many numbers training can change. BatchNorm's running averages are measured,
+    not trained, and constant positions are neither: they don't count."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
@@ -385,11 +402,11 @@ def parameter_table(net):
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. Data
-# ----------------------------------------------------------------------------------------
-# The whole data set lies on the device, 150 MB as bytes. So a batch is an index, and whole
-# batches are augmented at once: no worker processes.
+# --------------------------------------------------------------------------------------
+# The whole data set lies on the device, 150 MB as bytes. So a batch is an index, and
+# whole batches are augmented at once: no worker processes.
 
 
 class Data(NamedTuple):
@@ -408,8 +425,9 @@ class Data(NamedTuple):
 def load_cifar(root):
     """The data set from the folder `root`: (train_x, train_y, test_x, test_y, names).
 
-    Downloads it if there is none. What is there is verified by its md5 and never overwritten.
-    Raises OSError, with what to do by hand, if it is damaged or can't be had.
+    Downloads it if there is none. What is there is verified by its md5 and never
+    overwritten. Raises OSError, with what to do by hand, if it is damaged or can't be
+    had.
     """
     root = Path(root)
     archive = root / DATASET.filename
@@ -440,7 +458,8 @@ def load_cifar(root):
 
 
 def held_out(y, per_class):
-    """Mask (N,) of the pictures to hold out, `per_class` of each class, always the same ones.
+    """Mask (N,) of the pictures to hold out, `per_class` of each class, always the same
+    ones.
 
     A mask keeps both parts in the data's own order, in which the classes mix.
     """
@@ -455,9 +474,9 @@ def held_out(y, per_class):
 def load_data(source, holdout=0, device="cpu"):
     """`source`, "shapes" or the folder of the data set, as a Data on `device`.
 
-    `holdout` training pictures, as many of each class, become the validation part instead of
-    the test set. Raises ValueError if that many don't divide evenly among the classes, OSError
-    as load_cifar.
+    `holdout` training pictures, as many of each class, become the validation part
+    instead of the test set. Raises ValueError if that many don't divide evenly among
+    the classes, OSError as load_cifar.
     """
     if source == "shapes":
         x, y, names = draw_shapes(20_000, seed=1)
@@ -485,15 +504,17 @@ OPERATIONS = (
 
 
 def strength(magnitude, end, start=0.0):
-    """What magnitude 0 to 30 means to an operation: `start` to `end`, in fp32 as torchvision's."""
+    """What magnitude 0 to 30 means to an operation: `start` to `end`, in fp32 as
+    torchvision's."""
     return torch.linspace(start, end, 31)[magnitude].item()
 
 
 def apply_operation(x, name, magnitude, sign):
     """One of RandAugment's fourteen operations [5] on pictures uint8 (B,3,H,W).
 
-    `magnitude` is 0 to 30; `sign`, 1 or -1, is the direction, where an operation has one. What
-    each operation does at the largest magnitude is as in torchvision's RandAugment.
+    `magnitude` is 0 to 30; `sign`, 1 or -1, is the direction, where an operation has
+    one. What each operation does at the largest magnitude is as in torchvision's
+    RandAugment.
     """
     height, width = x.shape[2:]
     angle = math.degrees(math.atan(sign * strength(magnitude, 0.3)))
@@ -533,8 +554,9 @@ def apply_operation(x, name, magnitude, sign):
 def randaugment(x, magnitude=2):
     """RandAugment [1.2.2, 5], one operation per picture: uint8 (B,3,H,W), as before.
 
-    Each picture draws its own operation and sign. As the magnitude (0 to 30) is fixed, those
-    that drew the same can be one call: at most 28 calls for a batch of any size, instead of B.
+    Each picture draws its own operation and sign. As the magnitude (0 to 30) is fixed,
+    those that drew the same can be one call: at most 28 calls for a batch of any size,
+    instead of B.
     """
     operation = torch.randint(len(OPERATIONS), (len(x),))
     negative = torch.rand(len(x)) < 0.5
@@ -558,8 +580,8 @@ def randaugment(x, magnitude=2):
 
 
 def random_crop_and_flip(x, pad=4):
-    """Shift by up to `pad` pixels, with black coming in, and mirror half of the pictures (our
-    choice): uint8 (B,3,H,W), as before."""
+    """Shift by up to `pad` pixels, with black coming in, and mirror half of the
+    pictures (our choice): uint8 (B,3,H,W), as before."""
     height, width = x.shape[2:]
     top, left = torch.randint(2 * pad + 1, (2, len(x))).to(x.device)
     flip = (torch.rand(len(x)) < 0.5).to(x.device)
@@ -576,7 +598,8 @@ def random_crop_and_flip(x, pad=4):
 def augment(x, operations=1, magnitude=2):
     """What training sees of pictures uint8 (B,3,H,W): uint8, as before.
 
-    All chance comes from torch's CPU generator, so a seed means the same on every device.
+    All chance comes from torch's CPU generator, so a seed means the same on every
+    device.
     """
     for _ in range(operations):
         x = randaugment(x, magnitude)
@@ -597,31 +620,33 @@ def channel_statistics(x):
 
 
 def normalise(x, mean, std):
-    """uint8 [0,255] -> fp32 of mean 0 and variance 1: the one place where stored pictures become
-    network input.
+    """uint8 [0,255] -> fp32 of mean 0 and variance 1: the one place where stored
+    pictures become network input.
 
-    (B,3,H,W), in channels-last memory, the layout in which convolutions run fastest. Raises
-    AssertionError if x is not uint8: then it is in [0,1], or has been normalised already.
+    (B,3,H,W), in channels-last memory, the layout in which convolutions run fastest.
+    Raises AssertionError if x is not uint8: then it is in [0,1], or has been normalised
+    already.
     """
     assert x.dtype == torch.uint8, f"normalise wants uint8 in [0,255], not {x.dtype}"
     x = (x.float() / 255 - mean) / std
     return x.contiguous(memory_format=torch.channels_last)
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4. Objective and optimiser
-# ----------------------------------------------------------------------------------------
-# The objective is cross-entropy with label smoothing [1.2.2]: with smoothing s and K classes
-# the target is 1 - s + s/K for the true class and s/K for each of the rest, so the network
-# is not pushed towards ever larger logits.
+# --------------------------------------------------------------------------------------
+# The objective is cross-entropy with label smoothing [1.2.2]: with smoothing s and K
+# classes the target is 1 - s + s/K for the true class and s/K for each of the rest, so
+# the network is not pushed towards ever larger logits.
 
 
 def make_optimiser(net, weight_decay):
     """AdamW [22] with decoupled weight decay, the paper's "L2 regularisation" [1.2.2].
 
-    What has two axes or more decays: matrices, filters and learned positions. Gains and biases
-    do not: a gain sets a scale, which pulling it to 0 would fight, and a bias adds no capacity
-    to speak of (our choice). The learning rate comes from the schedule.
+    What has two axes or more decays: matrices, filters and learned positions. Gains and
+    biases do not: a gain sets a scale, which pulling it to 0 would fight, and a bias
+    adds no capacity to speak of (our choice). The learning rate comes from the
+    schedule.
     """
     decaying = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
@@ -633,24 +658,26 @@ def make_optimiser(net, weight_decay):
 
 
 def make_schedule(optimiser, max_lr, steps):
-    """OneCycle [1.2.2, 34]: up to the peak in 30 % of the steps, down to almost 0 in the rest,
-    while Adam's first beta goes the other way. These are torch's defaults, so our choice."""
-    # torch's schedule sets the rate for the step after, so it wants one more than are taken.
+    """OneCycle [1.2.2, 34]: up to the peak in 30 % of the steps, down to almost 0 in
+    the rest, while Adam's first beta goes the other way. These are torch's defaults, so
+    our choice."""
+    # torch's schedule sets the rate for the step after, so it wants one more than are
+    # taken.
     return torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr, steps + 1)
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 5. Training
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def train(settings, command="python classifier.py"):
     """Train [1.2.2], or resume a run that was stopped; returns the result as text.
 
-    Writes into settings.folder(). Raises ValueError or OSError, as a sentence, for settings,
-    data, a folder or a checkpoint that can't be used, and if the loss is no longer finite;
-    AssertionError if a budget is exceeded; Stopped after a signal, when all is saved.
-    `command` is printed then, as what resumes the run.
+    Writes into settings.folder(). Raises ValueError or OSError, as a sentence, for
+    settings, data, a folder or a checkpoint that can't be used, and if the loss is no
+    longer finite; AssertionError if a budget is exceeded; Stopped after a signal, when
+    all is saved. `command` is printed then, as what resumes the run.
     """
     device, bf16, out = set_up(settings)
     data = load_data(settings.data, settings.holdout, device)
@@ -663,7 +690,8 @@ def train(settings, command="python classifier.py"):
     optimiser = make_optimiser(net, settings.weight_decay)
     schedule = make_schedule(optimiser, settings.max_lr, settings.steps)
 
-    # An epoch is one random order of the training pictures; `position` is how far we are.
+    # An epoch is one random order of the training pictures; `position` is how far we
+    # are.
     step = 0
     position = 0
     order = torch.randperm(len(data.train_y)).to(device)
@@ -692,7 +720,8 @@ def train(settings, command="python classifier.py"):
             # The step budget [1.1].
             assert step < MAX_STEPS, f"all {MAX_STEPS:,} optimiser steps are spent"
 
-            # Choose pictures: the next ones in order. A last incomplete batch is dropped.
+            # Choose pictures: the next ones in order. A last incomplete batch is
+            # dropped.
             if position + settings.batch_size > len(order):
                 order = torch.randperm(len(order)).to(device)
                 position = 0
@@ -728,8 +757,8 @@ def train(settings, command="python classifier.py"):
             schedule.step()
             step += 1
 
-            # That was the algorithm; nothing in it waits for a GPU. Reading a number does, so
-            # the rest (sections 8 and 9) happens only now and then.
+            # That was the algorithm; nothing in it waits for a GPU. Reading a number
+            # does, so the rest (sections 8 and 9) happens only now and then.
             log.add(step, loss.detach())
             validating = step % settings.eval_every == 0 or step == settings.steps
             if step % settings.log_every == 0 or validating or stop.received:
@@ -753,9 +782,9 @@ def train(settings, command="python classifier.py"):
     return result
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 6. Evaluation
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class Scores(NamedTuple):
@@ -770,8 +799,8 @@ class Scores(NamedTuple):
 
 
 def evaluate(net, x, y, mean, std, bf16=False, label_smoothing=0.0):
-    """Scores of `net` on pictures x, uint8 (N,3,32,32), with labels y (N,). Leaves `net` in
-    evaluation mode."""
+    """Scores of `net` on pictures x, uint8 (N,3,32,32), with labels y (N,). Leaves
+    `net` in evaluation mode."""
     net.eval()
     losses, firsts, fives = [], [], []
 
@@ -811,8 +840,8 @@ def evaluate(net, x, y, mean, std, bf16=False, label_smoothing=0.0):
 
 
 def validate(net, data, mean, std, bf16):
-    """The figures of the paper's Figure 2, for one row of the log: accuracy on the validation
-    pictures, and on as many training pictures."""
+    """The figures of the paper's Figure 2, for one row of the log: accuracy on the
+    validation pictures, and on as many training pictures."""
     count = len(data.val_y)
     fit = evaluate(net, data.train_x[:count], data.train_y[:count], mean, std, bf16)
     val = evaluate(net, data.val_x, data.val_y, mean, std, bf16)
@@ -820,13 +849,13 @@ def validate(net, data, mean, std, bf16):
 
 
 def report(net, data, settings, mean, std, bf16=False, with_test=False):
-    """The result as text: the paper's line [1.3], and what its figures mean. `with_test` adds
-    the test set where validation is on a hold-out.
+    """The result as text: the paper's line [1.3], and what its figures mean.
+    `with_test` adds the test set where validation is on a hold-out.
 
-    The paper's train loss (1.931) is above its val loss (1.419) though its train accuracy is the
-    higher one, so the two are of different criteria. Here both are plain cross-entropy on
-    pictures left as they are; the criterion that training minimises stands beside them under
-    its own name.
+    The paper's train loss (1.931) is above its val loss (1.419) though its train
+    accuracy is the higher one, so the two are of different criteria. Here both are
+    plain cross-entropy on pictures left as they are; the criterion that training
+    minimises stands beside them under its own name.
     """
     fit = evaluate(net, data.train_x, data.train_y, mean, std, bf16)
     val = evaluate(net, data.val_x, data.val_y, mean, std, bf16)
@@ -858,8 +887,8 @@ def report(net, data, settings, mean, std, bf16=False, with_test=False):
 
 
 def evaluate_checkpoint(settings):
-    """Measure the network of settings.folder() again, on the test set too; returns the result as
-    text. Raises ValueError or OSError as train does."""
+    """Measure the network of settings.folder() again, on the test set too; returns the
+    result as text. Raises ValueError or OSError as train does."""
     device, bf16, out = set_up(settings)
     data = load_data(settings.data, settings.holdout, device)
     mean, std = channel_statistics(data.train_x)
@@ -875,20 +904,20 @@ def evaluate_checkpoint(settings):
     return result
 
 
-# ========================================================================================
+# ======================================================================================
 # The story ends here. What follows has nothing to do with learning.
-# ========================================================================================
+# ======================================================================================
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 7. Range test
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def find_learning_rate(settings, lowest=1e-5, highest=1.0, longest=200):
-    """Range test [33]: raise the rate exponentially over at most `longest` steps, watch the loss,
-    draw it, and propose a peak for OneCycle. Returns that rate. Touches no checkpoint. Raises
-    as train does.
+    """Range test [33]: raise the rate exponentially over at most `longest` steps, watch
+    the loss, draw it, and propose a peak for OneCycle. Returns that rate. Touches no
+    checkpoint. Raises as train does.
     """
     device, bf16, out = set_up(settings)
     data = load_data(settings.data, settings.holdout, device)
@@ -926,8 +955,8 @@ def find_learning_rate(settings, lowest=1e-5, highest=1.0, longest=200):
         curve.append((math.log10(rate), smooth))
         print(f"step {step + 1:4}/{steps}  lr {rate:.2e}  loss {smooth:.4f}", flush=True)
 
-    # OneCycle stays near its peak for long, so keep clear of the rate at which the loss turns
-    # up: a third of it (our choice).
+    # OneCycle stays near its peak for long, so keep clear of the rate at which the loss
+    # turns up: a third of it (our choice).
     losses = [loss for _, loss in curve]
     least = min(losses)
     turn, _ = curve[losses.index(least)]
@@ -948,18 +977,19 @@ def find_learning_rate(settings, lowest=1e-5, highest=1.0, longest=200):
     return peak
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 8. Log and pictures
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class TrainingLog:
-    """Lines of progress, log.csv and curve.png in the folder `out`, and the figures for them.
+    """Lines of progress, log.csv and curve.png in the folder `out`, and the figures for
+    them.
 
     Its state is part of the checkpoint, so a resumed run goes on in the same table.
     """
 
-    columns = ("step", "loss", "lr", "images_per_s", "train_acc", "val_acc", "val_loss")
+    columns = "step loss lr images_per_s train_acc val_acc val_loss".split()
 
     def __init__(self, out, steps, batch_size, device):
         self.out = out
@@ -980,17 +1010,19 @@ class TrainingLog:
         self.loss = state["loss"].to(self.loss.device)
 
     def add(self, step, loss):
-        """Take the loss (0-d) of update number `step`, from 1, into the mean, without waiting."""
+        """Take the loss (0-d) of update number `step`, from 1, into the mean, without
+        waiting."""
         self.loss = self.loss.lerp(loss, max(0.02, 1 / step))
 
     def start_clock(self, step):
-        """Training goes on from `step` updates: validation and files are not counted."""
+        """Training goes on from `step` updates: validation and files are not
+        counted."""
         self.clock = time.perf_counter()
         self.clock_step = step
 
     def stop_clock(self, step, rate, net):
-        """A new row of the table: loss, rate and speed. Raises ValueError if the loss or a weight
-        is not finite."""
+        """A new row of the table: loss, rate and speed. Raises ValueError if the loss
+        or a weight is not finite."""
         total = self.loss + sum(p.detach().sum() for p in net.parameters())
         if not torch.isfinite(total):
             raise ValueError(
@@ -1023,8 +1055,8 @@ class TrainingLog:
         print(line, end="\r" if in_place else "\n", flush=True)
 
     def write_files(self):
-        """log.csv and curve.png (the paper's Figure 2), whole each time: so a run that went back
-        to its checkpoint leaves no rows of the steps it lost."""
+        """log.csv and curve.png (the paper's Figure 2), whole each time: so a run that
+        went back to its checkpoint leaves no rows of the steps it lost."""
         write_csv(self.out / "log.csv", self.columns, self.rows)
         plot(
             self.out / "curve.png",
@@ -1069,7 +1101,8 @@ class Axis(NamedTuple):
 
 
 def plot(path, curves, title, x_axis, y_axis):
-    """Draw `curves`, name -> [(x, y)], three at most, into a PNG of 720 x 450 pixels."""
+    """Draw `curves`, name -> [(x, y)], three at most, into a PNG of 720 x 450
+    pixels."""
     # Drawn at twice the final size: scaling down smooths the lines.
     image = Image.new("RGB", (1440, 900), "white")
     pen = ImageDraw.Draw(image)
@@ -1106,8 +1139,8 @@ def plot(path, curves, title, x_axis, y_axis):
 
 
 def draw_predictions(path, net, data, mean, std, rows=5, columns=8):
-    """PNG of validation pictures, spread evenly over all; under each its true name, and under
-    that the name `net` gives it, green if right, red if wrong."""
+    """PNG of validation pictures, spread evenly over all; under each its true name, and
+    under that the name `net` gives it, green if right, red if wrong."""
     chosen = torch.linspace(0, len(data.val_y) - 1, rows * columns).long()
     chosen = chosen.to(data.val_y.device)
     pictures = data.val_x[chosen]
@@ -1131,14 +1164,14 @@ def draw_predictions(path, net, data, mean, std, rows=5, columns=8):
     image.save(path)
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 9. Checkpoints and signals
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path, settings, data, parts, progress):
-    """All that a run needs to go on, in one file. `parts` are things with a state_dict, by name;
-    `progress` is a dict of plain values and tensors."""
+    """All that a run needs to go on, in one file. `parts` are things with a state_dict,
+    by name; `progress` is a dict of plain values and tensors."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state.update(progress)
     state.update(
@@ -1147,7 +1180,8 @@ def save_checkpoint(path, settings, data, parts, progress):
         checksum=data.checksum,
     )
 
-    # First beside it, then renamed: `path` is always a whole file, the old or the new one.
+    # First beside it, then renamed: `path` is always a whole file, the old or the new
+    # one.
     beside = path.with_suffix(".tmp")
     torch.save(state, beside)
     os.replace(beside, path)
@@ -1156,11 +1190,13 @@ def save_checkpoint(path, settings, data, parts, progress):
 def load_checkpoint(path, settings=None, checksum=None):
     """The dict that save_checkpoint wrote, with its tensors on the CPU.
 
-    Raises ValueError, as a sentence, if the file is missing, damaged, or of another program; and,
-    if `settings` or a `checksum` are given, if the run was made with others.
+    Raises ValueError, as a sentence, if the file is missing, damaged, or of another
+    program; and, if `settings` or a `checksum` are given, if the run was made with
+    others.
     """
     try:
-        # torch writes a zip file with a checksum for each tensor, but doesn't look at them.
+        # torch writes a zip file with a checksum for each tensor, but doesn't look at
+        # them.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -1182,14 +1218,15 @@ def load_checkpoint(path, settings=None, checksum=None):
 
 
 def unusable(path, error):
-    """The ValueError that says in one line why a checkpoint can't be used, and what helps."""
+    """The ValueError that says in one line why a checkpoint can't be used, and what
+    helps."""
     reason = " ".join(str(error).split())[:80] or type(error).__name__
     return ValueError(f"can't use {path} ({reason}): use its settings, or another --out")
 
 
 def restore(parts, state):
-    """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises ValueError,
-    as a sentence, where they don't fit."""
+    """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises
+    ValueError, as a sentence, where they don't fit."""
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
@@ -1206,8 +1243,9 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """A context in which Ctrl-C and SIGTERM only leave a note, in `received`, so that a step can
-    be finished and saved. A second signal acts as it would have without this."""
+    """A context in which Ctrl-C and SIGTERM only leave a note, in `received`, so that a
+    step can be finished and saved. A second signal acts as it would have without
+    this."""
 
     def __enter__(self):
         self.received = None
@@ -1237,14 +1275,14 @@ class StopSignals:
         )
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 10. Device, compile, width
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def choose_device(name="auto"):
-    """The torch.device of that name; "auto" is the fastest kind there is. Raises ValueError if
-    there is none of the kind asked for."""
+    """The torch.device of that name; "auto" is the fastest kind there is. Raises
+    ValueError if there is none of the kind asked for."""
     available = dict(
         cuda=torch.cuda.is_available(),
         mps=torch.backends.mps.is_available(),
@@ -1258,16 +1296,17 @@ def choose_device(name="auto"):
 
 
 def supports_bf16(device):
-    """Whether bf16 is fast on the device. It has fp32's range, so unlike fp16 it needs no scaling
-    of the loss; where it is emulated it is only slow."""
+    """Whether bf16 is fast on the device. It has fp32's range, so unlike fp16 it needs
+    no scaling of the loss; where it is emulated it is only slow."""
     if device.type != "cuda":
         return False
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def set_up(settings):
-    """What every mode begins with: (device, whether bf16 is used, folder to write to). Raises
-    ValueError or OSError, as a sentence, where the device or the folder can't be had."""
+    """What every mode begins with: (device, whether bf16 is used, folder to write to).
+    Raises ValueError or OSError, as a sentence, where the device or the folder can't be
+    had."""
     device = choose_device(settings.device)
     bf16 = supports_bf16(device)
     out = make_folder(settings.folder())
@@ -1276,8 +1315,8 @@ def set_up(settings):
 
 
 def make_folder(path):
-    """Make the folder and check that files can be written there: better to fail now than after
-    an hour. Returns it; raises OSError, as a sentence."""
+    """Make the folder and check that files can be written there: better to fail now
+    than after an hour. Returns it; raises OSError, as a sentence."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "log.csv").open("a").close()
@@ -1295,9 +1334,9 @@ def check_batch_size(batch_size, count):
 
 
 def build_network(settings, classes, device="cpu"):
-    """The Classifier of `settings` on the device, its weights drawn from their seed; at the given
-    width, or else at the largest that the budget allows, in steps of 8. Raises ValueError for a
-    width that no network can have."""
+    """The Classifier of `settings` on the device, its weights drawn from their seed; at
+    the given width, or else at the largest that the budget allows, in steps of 8.
+    Raises ValueError for a width that no network can have."""
     names = ("layers", "weights", "block", "activation", "positions", "downsample", "stem")
     variant = {name: getattr(settings, name) for name in names}
     width = settings.width or widest_that_fits(classes, variant)
@@ -1307,8 +1346,8 @@ def build_network(settings, classes, device="cpu"):
 
 
 def widest_that_fits(classes, variant):
-    """The largest width, a multiple of 8, at which the Classifier of `variant` is within the
-    parameter budget."""
+    """The largest width, a multiple of 8, at which the Classifier of `variant` is
+    within the parameter budget."""
     width = 8
     while True:
         # On the meta device a network has shapes but no memory.
@@ -1320,10 +1359,12 @@ def widest_that_fits(classes, variant):
 
 
 def compile_network(net, how, example, bf16):
-    """torch.compile `net` in place, so that its weights keep their names, if `how` asks for it.
+    """torch.compile `net` in place, so that its weights keep their names, if `how` asks
+    for it.
 
-    Where torch.compile fails, it fails at the first call. So a copy goes first, there and back,
-    with a batch like training's; if it fails, one line says so and training goes on without.
+    Where torch.compile fails, it fails at the first call. So a copy goes first, there
+    and back, with a batch like training's; if it fails, one line says so and training
+    goes on without.
     """
     device = example.device.type
     if how == "off" or (how == "auto" and device != "cuda"):
@@ -1338,9 +1379,9 @@ def compile_network(net, how, example, bf16):
         print(f"going on without torch.compile: {type(error).__name__}: {str(error)[:200]}")
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 11. Drawn shapes
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # A stand-in for photographs: nothing to download, and learned in minutes on a CPU.
 
 SHAPE_NAMES = "circle ring square frame triangle diamond plus cross star moon".split()
@@ -1348,10 +1389,11 @@ COLOUR_NAMES = "red orange yellow lime cyan blue magenta pink tan white".split()
 
 
 def shape_distance(name, u, v):
-    """How far the place (u, v) is outside a shape, below 0 inside; u points right, v up.
+    """How far the place (u, v) is outside a shape, below 0 inside; u points right, v
+    up.
 
-    The shape fits into [-1,1] (the star's tips reach 1.02). Outside, this grows about like the
-    distance.
+    The shape fits into [-1,1] (the star's tips reach 1.02). Outside, this grows about
+    like the distance.
     """
     radius = u.hypot(v)
     square = u.abs().maximum(v.abs())  # a distance with square corners
@@ -1377,8 +1419,8 @@ def shape_distance(name, u, v):
 
 
 def draw_shapes(count, seed):
-    """Draw `count` pictures of 10 shapes x 10 colours: (x uint8 (count,3,32,32), y (count,),
-    class names). The same seed draws the same pictures."""
+    """Draw `count` pictures of 10 shapes x 10 colours: (x uint8 (count,3,32,32), y
+    (count,), class names). The same seed draws the same pictures."""
     random = torch.Generator().manual_seed(seed)
     classes = len(SHAPE_NAMES) * len(COLOUR_NAMES)
     y = torch.randint(classes, (count,), generator=random)
@@ -1392,8 +1434,8 @@ def draw_shapes(count, seed):
     u = (torch.arange(32.0) - middle_x) / size  # (count,1,32)
     v = (middle_y - torch.arange(32.0)[:, None]) / size  # (count,32,1)
 
-    # Which share of a pixel the shape covers: the distance in pixels, cut to one pixel, gives a
-    # smooth edge.
+    # Which share of a pixel the shape covers: the distance in pixels, cut to one pixel,
+    # gives a smooth edge.
     cover = torch.empty(count, 1, 32, 32)
     for i, name in enumerate(SHAPE_NAMES):
         members = y // len(COLOUR_NAMES) == i
@@ -1410,13 +1452,14 @@ def draw_shapes(count, seed):
     return x, y, names
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 12. Command line
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def check_value(field, value):
-    """Raises ValueError, as a sentence, if a field of Settings may not have this value."""
+    """Raises ValueError, as a sentence, if a field of Settings may not have this
+    value."""
     flag = "--" + field.name.replace("_", "-")
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
@@ -1430,8 +1473,9 @@ def check_value(field, value):
 
 
 def choose_settings(**given):
-    """Settings from those `given`. For the rest, in this order: what `recipe="paper"` takes back,
-    the defaults for data="shapes", the defaults. Raises ValueError as Settings does."""
+    """Settings from those `given`. For the rest, in this order: what `recipe="paper"`
+    takes back, the defaults for data="shapes", the defaults. Raises ValueError as
+    Settings does."""
     values = {}
     if given.get("data") == "shapes":
         values.update(SHAPES)
@@ -1442,14 +1486,16 @@ def choose_settings(**given):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for a command that can't be meant, instead of ending the process."""
+    """Raises ValueError for a command that can't be meant, instead of ending the
+    process."""
 
     def error(self, message):
         raise ValueError(f"{message} (--help lists all flags)")
 
 
 def parse(argv):
-    """(mode, dict of the settings that `argv` gives). Raises ValueError, as a sentence."""
+    """(mode, dict of the settings that `argv` gives). Raises ValueError, as a
+    sentence."""
     parser = Parser(
         "classifier.py",
         description=__doc__.split("\n\n")[0],
@@ -1471,8 +1517,8 @@ def parse(argv):
 
 
 def run(argv):
-    """What `python classifier.py ARGV` does; returns the mode's result. Raises what the mode
-    raises."""
+    """What `python classifier.py ARGV` does; returns the mode's result. Raises what the
+    mode raises."""
     mode, given = parse(argv)
     if mode == "lr-find":
         return find_learning_rate(choose_settings(**given))
@@ -1487,7 +1533,8 @@ def run(argv):
 
 
 def main(argv=None):
-    """`run`, with errors as one line and an exit status: the only place that ends the process."""
+    """`run`, with errors as one line and an exit status: the only place that ends the
+    process."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, AssertionError) as error:

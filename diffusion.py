@@ -13,9 +13,17 @@ from the top:
     python diffusion.py schedules          draw the three noise schedules
     python diffusion.py --help             all settings
 
-RESULT_PLACEHOLDER
+Result so far: after 12,000 steps of 32 on one CPU core (46 minutes, seed 0, 2026-11-24) the
+velocity loss on test pictures is 0.1184, where a network that says zero has 0.645. The full
+budget, the first command, is meant for a GPU and has not been run yet. README.md has the log
+and the pictures; FID-1280, where comments name it, is explained in .github/experiments.md.
 
-The network predicts the velocity v of a noised picture. Widths a, b, c = 48, 96, 144:
+A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
+on where it stopped. The modes below `train` take all settings that no flag gives from the
+checkpoint (after shapes, say --data shapes again).
+
+The network predicts the velocity v of a noised picture. Widths a, b, c = 48, 96,
+144, 960,755 parameters:
 
     noised picture (B,3,32,32) --conv--> (B,a,32,32)       log-SNR, class --> embedding (B,E)
     inject 1: + embedding, regular convolution    (B,a,32,32) <---------------------'  |
@@ -83,25 +91,27 @@ MAX_PARAMETERS = 1_000_000  # [2.1] fewer than this, asserted right above the tr
 MAX_STEPS = 50_000  # [2.1] gradient updates at most, asserted in the training loop
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 1. Settings
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 SCHEDULES = ("cosine", "linear", "spliced")
 
 
 def setting(default, help, low=None, high=None, choices=None):
-    """A field of Settings: its default, what --help says, and which values it may have."""
+    """A field of Settings: its default, what --help says, and which values it may
+    have."""
     limits = dict(help=help, low=low, high=high, choices=choices)
     return dataclasses.field(default=default, metadata=limits)
 
 
 @dataclasses.dataclass
 class Settings:
-    """All settings; each is a flag of the command line too. Raises ValueError, as a sentence,
-    for a value that its field does not allow.
+    """All settings; each is a flag of the command line too. Raises ValueError, as a
+    sentence, for a value that its field does not allow.
 
-    The defaults are the paper's design but for `modulate`; where it names no number, our choice.
+    The defaults are the paper's design but for `modulate`; where it names no number,
+    our choice.
     """
 
     # Where pictures come from and results go to.
@@ -109,14 +119,16 @@ class Settings:
     out: str = setting("", "folder to write to; empty: runs/diffusion-<data set>")
     seed: int = setting(0, "of training: weights, data order, noise", 0, 2**31)
 
-    # Where it runs. A device changes how numbers are rounded, and with them the last digits.
+    # Where it runs. A device changes how numbers are rounded, and with them the last
+    # digits.
     device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     compile: str = setting("auto", "training; auto: on CUDA", choices=("auto", "on", "off"))
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
     eval_every: int = setting(1000, "steps between validations; each saves", 1, MAX_STEPS)
     grid_every: int = setting(5000, "steps between grids of samples", 1, MAX_STEPS)
 
-    # How it is trained. Validation loss in the same time: 0.140 with rate 2e-3, 0.150 with 1e-3.
+    # How it is trained. Validation loss in the same time: 0.140 with rate 2e-3, 0.150
+    # with 1e-3.
     steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
     batch_size: int = setting(256, "pictures per step", 1, 65_536)
     max_lr: float = setting(2e-3, "peak learning rate, then a cosine to 0", 1e-8, 10.0)
@@ -129,12 +141,12 @@ class Settings:
 
     # The network.
     width: int = setting(0, "channels at 32x32; 0: as many as the budget allows", 0, 4096)
-    after_injection: str = setting("regular", "kernels", choices=("regular", "separable"))
+    after_injection: str = setting("regular", "filters", choices=("regular", "separable"))
 
-    # Beyond the paper, and on by default because it helped: validation loss 0.140 with it, 0.147
-    # without it at the width that then fits (840 s of one CPU core, batch 64, seed 0: 892 and
-    # 669 steps).
-    modulate: str = setting("on", "embedding scales, shifts all blocks", choices=("off", "on"))
+    # Beyond the paper, and on by default because it helped: validation loss 0.140 with
+    # it, 0.147 without it at the width that then fits (840 s of one CPU core, batch 64,
+    # seed 0: 892 and 669 steps).
+    modulate: str = setting("on", "scale and shift in all blocks", choices=("off", "on"))
     recipe: str = setting("ours", "paper: nothing beyond the paper", choices=("ours", "paper"))
 
     # From here on: of sampling only, so free to differ from one command to the next.
@@ -142,9 +154,9 @@ class Settings:
     sample_steps: int = setting(100, "denoising steps per sample", 1, 10_000)
     eta: float = setting(1.0, "fresh noise per step; 1: DDPM, 0: DDIM", 0.0, 1.0)
 
-    # The paper's w = 3 also scored best after 12,000 steps of 32 on a CPU: FID-1280 (see
-    # .github/experiments.md) of 2,000 samples 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w = 0, 0.25,
-    # 0.5, 1, 2, 3.
+    # The paper's w = 3 also scored best after 12,000 steps of 32 on a CPU: FID-1280
+    # (see .github/experiments.md) of 2,000 samples 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w
+    # = 0, 0.25, 0.5, 1, 2, 3.
     guidance: float = setting(3.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
     clip_x0: str = setting("dynamic", "of pictures", choices=("none", "static", "dynamic"))
     classes: str = setting("", "names or numbers to sample, by commas; empty: all, mixed")
@@ -164,15 +176,16 @@ class Settings:
         return Path(self.out or f"runs/diffusion-{name}")
 
 
-# These don't shape the trained network, so they may change when a run is resumed. (The pictures
-# themselves are compared by checksum, wherever they lie.)
+# These don't shape the trained network, so they may change when a run is resumed. (The
+# pictures themselves are compared by checksum, wherever they lie.)
 FREE_TO_CHANGE = (
     "data out device compile log_every eval_every grid_every recipe sample_schedule "
     "sample_steps eta guidance clip_x0 classes count sample_seed sample_batch fid_count inception"
 ).split()
 
-# Defaults for drawn shapes: a small network, minutes on a CPU. The linear schedule dwells on
-# high noise, where shapes form. Dynamic clipping would wash out bright colours.
+# Defaults for drawn shapes: a small network, minutes on a CPU. The linear schedule
+# dwells on high noise, where shapes form. Dynamic clipping would wash out bright
+# colours.
 SHAPES = dict(
     width=24,
     steps=1000,
@@ -191,16 +204,17 @@ SHAPES = dict(
 PAPER = dict(modulate="off")
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 2. Layers and U-Net
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def separable_conv(c_in, c_out):
     """Depthwise-separable 3x3 convolution: (B,c_in,H,W) -> (B,c_out,H,W).
 
-    Space first, one 3x3 filter per channel, then features, a 1x1 mixture of channels: 9 * c_in +
-    c_in * c_out weights instead of 9 * c_in * c_out. "The majority" of convolutions here [2.2].
+    Space first, one 3x3 filter per channel, then features, a 1x1 mixture of channels: 9
+    * c_in + c_in * c_out weights instead of 9 * c_in * c_out. "The majority" of
+    convolutions here [2.2].
     """
     space = nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False)
     features = nn.Conv2d(c_in, c_out, 1)
@@ -215,8 +229,8 @@ def regular_conv(c_in, c_out):
 def sinusoidal_embedding(log_snr, width=64):
     """Sines and cosines of the noise level: (B,) -> (B,width) [2.2, 42].
 
-    log_snr is within 20 and -20. Wavelengths go from 3 to 300 (our choice): the long ones order
-    all levels, the short ones tell neighbours apart.
+    log_snr is within 20 and -20. Wavelengths go from 3 to 300 (our choice): the long
+    ones order all levels, the short ones tell neighbours apart.
     """
     low, high = math.log10(0.02), math.log10(2)
     frequency = torch.logspace(low, high, width // 2, device=log_snr.device)
@@ -227,10 +241,11 @@ def sinusoidal_embedding(log_snr, width=64):
 class ResidualBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x)))))): (B,C,H,W) -> (B,C,H,W).
 
-    GroupNorm, not BatchNorm: a batch mixes noise levels, whose statistics have nothing in common,
-    and averaged weights (EMA) would not fit running averages. 8 groups, so C is a multiple of 8:
-    our choice. `conv` is separable_conv or regular_conv. With `e_width`, an embedding (B,e_width)
-    scales and shifts the channels after the second norm.
+    GroupNorm, not BatchNorm: a batch mixes noise levels, whose statistics have nothing
+    in common, and averaged weights (EMA) would not fit running averages. 8 groups, so C
+    is a multiple of 8: our choice. `conv` is separable_conv or regular_conv. With
+    `e_width`, an embedding (B,e_width) scales and shifts the channels after the second
+    norm.
     """
 
     def __init__(self, channels, conv, e_width=0):
@@ -251,7 +266,8 @@ class ResidualBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers one after another, blocks with the embedding: (B,C,H,W), (B,E) -> (B,C',H',W')."""
+    """Layers one after another, blocks with the embedding: (B,C,H,W), (B,E) ->
+    (B,C',H',W')."""
 
     def forward(self, x, embedding):
         for layer in self:
@@ -265,8 +281,8 @@ class Stage(nn.Sequential):
 class Attention(nn.Module):
     """Self-attention among all places of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
 
-    C / 64 heads, rounded (they must divide C), and zeros in the last layer, so that it starts as
-    the identity: both our choice.
+    C / 64 heads, rounded (they must divide C), and zeros in the last layer, so that it
+    starts as the identity: both our choice.
     """
 
     def __init__(self, channels):
@@ -293,12 +309,13 @@ class Attention(nn.Module):
 
 
 class Injection(nn.Module):
-    """Adds the embedding of noise level and class [2.2], then convolves: (B,C,H,W), (B,E) ->
-    (B,C,H,W).
+    """Adds the embedding of noise level and class [2.2], then convolves: (B,C,H,W),
+    (B,E) -> (B,C,H,W).
 
-    The embedding goes into the branch only; x passes by unchanged, as in any residual block. A
-    regular convolution, because a separable one looks at each channel by itself before it mixes
-    them: the paper saw wave-like artefacts and blames that [2.3]. `conv` takes either.
+    The embedding goes into the branch only; x passes by unchanged, as in any residual
+    block. A regular convolution, because a separable one looks at each channel by
+    itself before it mixes them: the paper saw wave-like artefacts and blames that
+    [2.3]. `conv` takes either.
     """
 
     def __init__(self, e_width, channels, conv):
@@ -315,10 +332,11 @@ class Injection(nn.Module):
 class UNet(nn.Module):
     """Velocity network [2.2, 28]: net(x_t, log_snr, labels) -> v (B,3,32,32).
 
-    x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), in which `classes` means "no class",
-    or class embeddings (B,E) as `embed` gives them; E is `e_width`. The ladder is in this file's
-    header; all widths and depths are our choice. `modulate` goes beyond the paper: the embedding
-    acts in every block, not at two points alone. Raises ValueError if `width` is no multiple of 8.
+    x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), in which `classes` means
+    "no class", or class embeddings (B,E) as `embed` gives them; E is `e_width`. The
+    ladder is in this file's header; all widths and depths are our choice. `modulate`
+    goes beyond the paper: the embedding acts in every block, not at two points alone.
+    Raises ValueError if `width` is no multiple of 8.
     """
 
     def __init__(
@@ -372,7 +390,8 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def embed(self, labels):
-        """Class embeddings (B,E) of class numbers (B,); embeddings are passed through."""
+        """Class embeddings (B,E) of class numbers (B,); embeddings are passed
+        through."""
         if labels.is_floating_point():
             return labels
         return self.label(labels)
@@ -397,14 +416,15 @@ class UNet(nn.Module):
         x1 = F.interpolate(self.join1(x2), scale_factor=2) + x1
         x1 = self.up1(x1, e)  # (B,a,32,32)
 
-        # The last layer is fp32 where the others are bf16: guidance amplifies rounding errors.
+        # The last layer is fp32 where the others are bf16: guidance amplifies rounding
+        # errors.
         with torch.autocast(x.device.type, enabled=False):
             return self.out(x1.float())  # (B,3,32,32)
 
 
 def count_parameters(net):
-    """How many numbers training can change. The averaged weights (EMA) are a copy of the network,
-    made after training as it were: they don't count."""
+    """How many numbers training can change. The averaged weights (EMA) are not counted
+    again: what is kept in the end is one network of this size."""
     return sum(p.numel() for p in net.parameters() if p.requires_grad)
 
 
@@ -417,10 +437,11 @@ def parameter_table(net):
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 3. Data
-# ----------------------------------------------------------------------------------------
-# The whole data set lies on the device, 150 MB as bytes. So a batch is an index: no workers.
+# --------------------------------------------------------------------------------------
+# The whole data set lies on the device, 150 MB as bytes. So a batch is an index: no
+# workers.
 
 
 class Data(NamedTuple):
@@ -437,8 +458,9 @@ class Data(NamedTuple):
 def load_cifar(root):
     """The data set from the folder `root`: (train_x, train_y, test_x, test_y, names).
 
-    Downloads it if there is none. What is there is verified by its md5 and never overwritten.
-    Raises OSError, with what to do by hand, if it is damaged or can't be had.
+    Downloads it if there is none. What is there is verified by its md5 and never
+    overwritten. Raises OSError, with what to do by hand, if it is damaged or can't be
+    had.
     """
     root = Path(root)
     archive = root / DATASET.filename
@@ -469,8 +491,8 @@ def load_cifar(root):
 
 
 def load_data(source, device="cpu"):
-    """`source`, "shapes" or the folder of the data set, as a Data on `device`. Raises OSError as
-    load_cifar."""
+    """`source`, "shapes" or the folder of the data set, as a Data on `device`. Raises
+    OSError as load_cifar."""
     if source == "shapes":
         x, y, names = draw_shapes(20_000, seed=1)
         test_x, test_y, _ = draw_shapes(2_000, seed=2)
@@ -482,8 +504,9 @@ def load_data(source, device="cpu"):
 
 
 def to_model(x):
-    """uint8 [0,255] -> fp32 [-1,1], channels last: the one place where stored pictures become
-    network input. Raises AssertionError if x is not uint8: then it has been here already."""
+    """uint8 [0,255] -> fp32 [-1,1], channels last: the one place where stored pictures
+    become network input. Raises AssertionError if x is not uint8: then it has been here
+    already."""
     assert x.dtype == torch.uint8, f"to_model wants uint8 in [0,255], not {x.dtype}"
     x = x.float() / 127.5 - 1
     return x.contiguous(memory_format=torch.channels_last)
@@ -496,43 +519,46 @@ def to_uint8(x):
 
 
 def random_flip(x, draw):
-    """Mirror the pictures (B,3,H,W) whose `draw` (B,), from 0 to 1, is below a half: the one
-    augmentation (our choice)."""
+    """Mirror the pictures (B,3,H,W) whose `draw` (B,), from 0 to 1, is below a half:
+    the one augmentation (our choice)."""
     return torch.where(draw.view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 4. Noise: schedules, alpha and sigma, velocity
-# ----------------------------------------------------------------------------------------
-# A schedule maps t in [0,1] to the log-SNR, lambda = log(alpha²/sigma²): strictly falling,
-# finite at both ends, and invertible [2.2].
+# --------------------------------------------------------------------------------------
+# A schedule maps t in [0,1] to the log-SNR, lambda = log(alpha²/sigma²): strictly
+# falling, finite at both ends, and invertible [2.2].
 
 
 def cosine_schedule(t):
-    """lambda = -2 log tan(a t + b) [2.2, 24], from 20 at t = 0 to -20 at t = 1; t any shape.
+    """lambda = -2 log tan(a t + b) [2.2, 24], from 20 at t = 0 to -20 at t = 1; t any
+    shape.
 
     b = atan(e^-10) and a = atan(e^10) - b cut off the infinite ends, as in [12].
     """
     b = math.atan(math.exp(-10))
     a = math.pi / 2 - 2 * b
 
-    # tan(x) = sin(x) / sin(pi/2 - x), and as a + 2b = pi/2, pi/2 - (a t + b) = a (1 - t) + b.
-    # Two sines are exact in fp32 near t = 1 too, where the tangent is not.
+    # tan(x) = sin(x) / sin(pi/2 - x), and as a + 2b = pi/2, pi/2 - (a t + b) = a (1 -
+    # t) + b. Two sines are exact in fp32 near t = 1 too, where the tangent is not.
     return 2 * (torch.sin(a * (1 - t) + b).log() - torch.sin(a * t + b).log())
 
 
 def linear_schedule(t):
-    """lambda = -log(e^(1e-4 + 10 t²) - 1), DDPM's linear betas in continuous time [11, 20]."""
+    """lambda = -log(e^(1e-4 + 10 t²) - 1), DDPM's linear betas in continuous time [11,
+    20]."""
     return -torch.log(torch.expm1(1e-4 + 10 * t**2))
 
 
 def spliced_schedule(t):
     """Cosine first, then linear [2.3, 4].
 
-    At t = 0.80074257 the cosine schedule has the value (-2.256) and very nearly the slope per t
-    of the linear one at 0.48536712; both constants are Crowson's [4]. So the two are joined
-    there, and t is stretched such that it still goes from 0 to 1: the joint lies at t = 0.609.
-    Value and slope agree to 5e-4, as her cosine has infinite ends.
+    At t = 0.80074257 the cosine schedule has the value (-2.256) and very nearly the
+    slope per t of the linear one at 0.48536712; both constants are Crowson's [4]. So
+    the two are joined there, and t is stretched such that it still goes from 0 to 1:
+    the joint lies at t = 0.609. Value and slope agree to 5e-4, as her cosine has
+    infinite ends.
     """
     shift = 0.80074257 - 0.48536712
     u = (1 + shift) * t
@@ -551,8 +577,8 @@ def to_log_snr(t, schedule="cosine"):
 
 
 def to_alpha_sigma(log_snr):
-    """alpha = sqrt(sigmoid(lambda)) and sigma = sqrt(sigmoid(-lambda)), shaped to scale pictures:
-    (B,) -> two of (B,1,1,1)."""
+    """alpha = sqrt(sigmoid(lambda)) and sigma = sqrt(sigmoid(-lambda)), shaped to scale
+    pictures: (B,) -> two of (B,1,1,1)."""
     log_snr = log_snr.view(-1, 1, 1, 1)
     alpha = torch.sigmoid(log_snr).sqrt()
     sigma = torch.sigmoid(-log_snr).sqrt()
@@ -570,45 +596,49 @@ def add_noise(x, noise, alpha, sigma):
 
 
 def split(x_t, v, alpha, sigma):
-    """(x, noise) that make up x_t if v is its velocity: Eq. (1) and (2) solved for both."""
+    """(x, noise) that make up x_t if v is its velocity: Eq. (1) and (2) solved for
+    both."""
     pred_x0 = alpha * x_t - sigma * v
     pred_noise = sigma * x_t + alpha * v
     return pred_x0, pred_noise
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 5. Objective and training
-# ----------------------------------------------------------------------------------------
-# The objective is Eq. (3), L = |v - v_hat|². By (1) and (2) it is also
-# (e^lambda + 1) |x - x_hat|² and (e^-lambda + 1) |noise - noise_hat|². The paper prints the
-# last weight as e^lambda - 1, a misprint: below lambda = 0 it would be negative. So on clean
-# pictures the loss weighs an error of the picture most, on noisy ones an error of the noise.
+# --------------------------------------------------------------------------------------
+# The objective is Eq. (3), L = |v - v_hat|². By (1) and (2) it is also (e^lambda + 1)
+# |x - x_hat|² and (e^-lambda + 1) |noise - noise_hat|². The paper prints the last
+# weight as e^lambda - 1, a misprint: below lambda = 0 it would be negative. So on clean
+# pictures the loss weighs an error of the picture most, on noisy ones an error of the
+# noise.
 
 
 def learning_rate(step, steps, peak, warm_up):
-    """Rate of update number `step` (from 0): a cosine from `peak` to 0 over all `steps`, times a
-    ramp from 0 to 1 over the first `warm_up` (our choice). So it ends just below the peak."""
+    """Rate of update number `step` (from 0): a cosine from `peak` to 0 over all
+    `steps`, times a ramp from 0 to 1 over the first `warm_up` (our choice). So it ends
+    just below the peak."""
     ramp = min(1, (step + 1) / warm_up)
     return peak * ramp * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()
 def update_ema(ema_net, net, decay, step):
-    """ema_net += (1 - decay) (net - ema_net), weight by weight [2.2, 11, 24], after update number
-    `step` (from 0). Warm-up, our choice: decay is at most (1 + step)/(10 + step), so that the
-    average forgets the random start."""
+    """ema_net += (1 - decay) (net - ema_net), weight by weight [2.2, 11, 24], after
+    update number `step` (from 0). Warm-up, our choice: decay is at most (1 + step)/(10
+    + step), so that the average forgets the random start."""
     decay = min(decay, (1 + step) / (10 + step))
     averages = list(ema_net.parameters())
     torch._foreach_lerp_(averages, list(net.parameters()), 1 - decay)
 
 
 def train(settings, command="python diffusion.py"):
-    """Train [2.2], or resume a run that was stopped, then sample; returns the validation loss.
+    """Train [2.2], or resume a run that was stopped, then sample; returns the
+    validation loss.
 
-    Writes into settings.folder(). Raises ValueError or OSError, as a sentence, for settings,
-    data, a folder or a checkpoint that can't be used, and if the loss is no longer finite;
-    AssertionError if a budget is exceeded; Stopped after a signal, when all is saved.
-    `command` is printed then, as what resumes the run.
+    Writes into settings.folder(). Raises ValueError or OSError, as a sentence, for
+    settings, data, a folder or a checkpoint that can't be used, and if the loss is no
+    longer finite; AssertionError if a budget is exceeded; Stopped after a signal, when
+    all is saved. `command` is printed then, as what resumes the run.
     """
     device, bf16, out = set_up(settings)
     data = load_data(settings.data, device)
@@ -617,24 +647,28 @@ def train(settings, command="python diffusion.py"):
 
     net = build_network(settings, len(data.names), device)
     ema_net = copy.deepcopy(net).eval().requires_grad_(False)
-    x, y = to_model(data.train_x[: settings.batch_size]), data.train_y[: settings.batch_size]
+    x = to_model(data.train_x[: settings.batch_size])
+    y = data.train_y[: settings.batch_size]
     compile_network(net, settings.compile, (x, y.float(), y), bf16)
 
-    # No weight decay: nothing here is overfitted in 50,000 steps (our choice, as beta 0.99 is).
+    # Adam without weight decay, as in [11]: the averaged weights do the smoothing here.
+    # With a second beta of 0.99 Adam forgets large gradients sooner than with 0.999
+    # (our choice).
     optimiser = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
 
-    # Low-discrepancy t [2.2]: each draw falls into a gap that the earlier ones left, so a batch
-    # covers [0,1] evenly and the loss estimate varies less. In a batch of 2^n, place i always
-    # gets its t from the same 2^n-th of [0,1], so nothing else may depend on the place: the
-    # pictures come in random order.
+    # Low-discrepancy t [2.2]: each draw falls into a gap that the earlier ones left, so
+    # a batch covers [0,1] evenly and the loss estimate varies less. In a batch of 2^n,
+    # place i always gets its t from the same 2^n-th of [0,1], so nothing else may
+    # depend on the place: the pictures come in random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
 
-    # All other chance comes from one generator on the device; sampling has its own, so a grid in
-    # between changes nothing.
+    # All other chance comes from one generator on the device; sampling has its own, so
+    # a grid in between changes nothing.
     random = torch.Generator(device).manual_seed(settings.seed)
     on_device = dict(generator=random, device=device)
 
-    # An epoch is one random order of the training pictures; `position` is how far we are.
+    # An epoch is one random order of the training pictures; `position` is how far we
+    # are.
     step = 0
     position = 0
     order = torch.randperm(len(data.train_y), **on_device)
@@ -665,7 +699,8 @@ def train(settings, command="python diffusion.py"):
             # The step budget [2.1].
             assert step < MAX_STEPS, f"all {MAX_STEPS:,} optimiser steps are spent"
 
-            # Choose pictures: the next ones in order. A last incomplete batch is dropped.
+            # Choose pictures: the next ones in order. A last incomplete batch is
+            # dropped.
             if position + settings.batch_size > len(order):
                 order = torch.randperm(len(order), **on_device)
                 position = 0
@@ -674,13 +709,14 @@ def train(settings, command="python diffusion.py"):
             y = data.train_y[chosen]  # (B,)
             x = to_model(data.train_x[chosen])  # (B,3,32,32)
 
-            # Mirror half of them. Drop some labels: the network learns "no class" too, which
-            # guidance needs [12].
+            # Mirror half of them. Drop some labels: the network learns "no class" too,
+            # which guidance needs [12].
             flip_draw, label_draw = torch.rand(2, settings.batch_size, **on_device)
             x = random_flip(x, flip_draw)
             labels = y.masked_fill(label_draw < settings.label_drop, net.classes)
 
-            # Noise them, each to a level t of its own: Eq. (2). The target is v: Eq. (1).
+            # Noise them, each to a level t of its own: Eq. (2). The target is v: Eq.
+            # (1).
             noise = torch.randn(x.shape, **on_device)
             if settings.timesteps == "sobol":
                 t = sobol.draw(settings.batch_size)[:, 0].to(device, non_blocking=True)
@@ -710,8 +746,8 @@ def train(settings, command="python diffusion.py"):
             update_ema(ema_net, net, settings.ema, step)
             step += 1
 
-            # That was the algorithm; nothing in it waits for a GPU. Reading a number does, so
-            # the rest (sections 6, 8, 12 and 13) happens only now and then.
+            # That was the algorithm; nothing in it waits for a GPU. Reading a number
+            # does, so the rest (sections 6, 8, 12 and 13) happens only now and then.
             log.add(step, loss.detach())
             validating = step % settings.eval_every == 0 or step == settings.steps
             drawing = step % settings.grid_every == 0 and step < settings.steps
@@ -736,18 +772,19 @@ def train(settings, command="python diffusion.py"):
     return log.rows[-1]["val_loss"]
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 6. Validation loss
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def validation_loss(net, x, y, schedule="cosine", bf16=False, count=1024):
-    """Eq. (3) on at most `count` test pictures, x uint8 (N,3,32,32), y (N,), each with fixed
-    noise, at t = (i + 1/2)/count: (mean, list of the means in five bins of t of nearly equal
-    size, clean to noisy).
+    """Eq. (3) on at most `count` test pictures, x uint8 (N,3,32,32), y (N,), each with
+    fixed noise, at t = (i + 1/2)/count: (mean, list of the means in five bins of t of
+    nearly equal size, clean to noisy).
 
-    Nothing in it is random, so two networks, or two moments of one, compare picture by picture.
+    Nothing in it is random, so two networks, or two moments of one, compare picture by
+    picture.
     """
     chosen = np.random.RandomState(0).permutation(len(y))[:count]
     chosen = torch.from_numpy(chosen).to(y.device)
@@ -783,16 +820,16 @@ def validate(net, data, schedule, bf16):
     return scores
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 7. Guidance, clipping, sampler
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def guide(v_cond, v_uncond, w):
     """Classifier-free guidance, Eq. (4) [12]: (1 + w) v_cond - w v_uncond.
 
-    With w = 0 the class is followed as learned, with w > 0 more than that, with w = -1 not at
-    all. Others call 1 + w the guidance scale: their 4 is the paper's w = 3.
+    With w = 0 the class is followed as learned, with w > 0 more than that, with w = -1
+    not at all. Others call 1 + w the guidance scale: their 4 is the paper's w = 3.
     """
     return (1 + w) * v_cond - w * v_uncond
 
@@ -800,8 +837,8 @@ def guide(v_cond, v_uncond, w):
 def guided_velocity(net, labels, w):
     """The function (x_t, log_snr) -> v that a sampler calls: `net` with guidance w.
 
-    labels as UNet takes them, (B,) or (B,E). Both halves of Eq. (4) go through the network as one
-    batch of 2B, so with w = 0 a call costs half.
+    labels as UNet takes them, (B,) or (B,E). Both halves of Eq. (4) go through the
+    network as one batch of 2B, so with w = 0 a call costs half.
     """
     wanted = net.embed(labels)  # (B,E)
     no_class = torch.full((1,), net.classes, device=wanted.device)
@@ -819,10 +856,12 @@ def guided_velocity(net, labels, w):
 
 
 def clip_picture(pred_x0, how="dynamic", percentile=0.995):
-    """Keep predicted pictures (B,3,H,W) in range: "none", "static" (cut at ±1), or "dynamic" [29].
+    """Keep predicted pictures (B,3,H,W) in range: "none", "static" (cut at ±1), or
+    "dynamic" [29].
 
-    Guidance drives predictions out of [-1,1]. Cutting saturates them; dynamic clipping cuts a
-    picture at s = max(1, 99.5th percentile of its |values|) and divides by s (99.5: our choice).
+    Guidance drives predictions out of [-1,1]. Cutting saturates them; dynamic clipping
+    cuts a picture at s = max(1, 99.5th percentile of its |values|) and divides by s
+    (99.5: our choice).
     """
     if how == "none":
         return pred_x0
@@ -835,11 +874,12 @@ def clip_picture(pred_x0, how="dynamic", percentile=0.995):
 
 @torch.no_grad()
 def ddim_sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.randn_like):
-    """Pictures from noise [2.3, 11, 35]: x (B,3,H,W) at log_snrs[0] -> the last predicted x_0.
+    """Pictures from noise [2.3, 11, 35]: x (B,3,H,W) at log_snrs[0] -> the last
+    predicted x_0.
 
-    model(x_t, log_snr (B,)) gives v; log_snrs (S,) rises, and the model is called once for each.
-    eta is the share of fresh noise: 1 is DDPM, 0 is DDIM, without chance. draw_noise(x) gives
-    noise in the shape of x.
+    model(x_t, log_snr (B,)) gives v; log_snrs (S,) rises, and the model is called once
+    for each. eta is the share of fresh noise: 1 is DDPM, 0 is DDIM, without chance.
+    draw_noise(x) gives noise in the shape of x.
     """
     alphas, sigmas = to_alpha_sigma(log_snrs)
     for i, log_snr in enumerate(log_snrs):
@@ -849,17 +889,18 @@ def ddim_sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.ra
         pred_x0, _ = split(x, v, alpha, sigma)
         pred_x0 = clip_picture(pred_x0, clip)
 
-        # The last step ends with the picture. To mix it with the noise that the schedule leaves
-        # at t = 0 would be seen where that is 0.01, as in the linear one: FID-1280 of 500 samples
-        # 20.0, and 19.5 without.
+        # The last step ends with the picture. To mix it with the noise that the
+        # schedule leaves at t = 0 would be seen where that is 0.01, as in the linear
+        # one: FID-1280 of 500 samples 20.0, and 19.5 without.
         if i + 1 == len(log_snrs):
             break
 
-        # The noise anew, as clipping has changed the picture: both must still make up x_t.
+        # The noise anew, as clipping has changed the picture: both must still make up
+        # x_t.
         pred_noise = (x - alpha * pred_x0) / sigma
 
-        # Of the next noise, this much variance is fresh. With eta = 1 the step is DDPM's
-        # posterior: its mean given pred_x0, and its variance [11].
+        # Of the next noise, this much variance is fresh. With eta = 1 the step is
+        # DDPM's posterior: its mean given pred_x0, and its variance [11].
         next_alpha, next_sigma = alphas[i + 1, 0, 0, 0], sigmas[i + 1, 0, 0, 0]
         fresh = eta**2 * (next_sigma / sigma) ** 2 * (1 - (alpha / next_alpha) ** 2)
 
@@ -875,10 +916,11 @@ NOISE_CHUNK = 50  # samples that share a generator of noise
 
 
 class SampleNoise:
-    """Noise for samples number `first` to `first + count`; each call gives (count,3,32,32).
+    """Noise for samples number `first` to `first + count`; each call gives
+    (count,3,32,32).
 
-    50 neighbours share a generator, whose seed comes from `seed` and their number. So the samples
-    are the same whatever the batch; `first` is a multiple of 50.
+    50 neighbours share a generator, whose seed comes from `seed` and their number. So
+    the samples are the same whatever the batch; `first` is a multiple of 50.
     """
 
     def __init__(self, seed, first, count, device):
@@ -901,22 +943,25 @@ class SampleNoise:
 def generate(
     net,
     labels,
-    seed=0,
+    *,
     schedule="cosine",
     steps=100,
     eta=1.0,
     guidance=3.0,
     clip="dynamic",
+    seed=0,
+    start=None,
     batch=250,
     bf16=False,
-    start=None,
     progress=None,
 ):
     """One sample for each of labels, (N,) or (N,E), as uint8 (N,3,32,32) on the CPU.
 
-    `start` (N,3,32,32) is the first noise, if it is not to be drawn. `progress(done, count)` is
-    called after each batch. `batch` bounds the memory of the device. Leaves `net` in evaluation
-    mode.
+    `schedule` and `steps` say at which noise levels, `eta` and `clip` are those of
+    ddim_sample, `guidance` is w of Eq. (4). `seed` decides the noise. `start`
+    (N,3,32,32) is the first noise, if it is not to be drawn. `progress(done, count)` is
+    called after each batch. `batch` bounds the memory of the device. Leaves `net` in
+    evaluation mode.
     """
     net.eval()
     device = labels.device
@@ -938,15 +983,15 @@ def generate(
     return torch.cat(pictures)
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 8. Interpolation, grid dump
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def slerp(a, b, share):
-    """Spherical interpolation [2.3, 39]: (B,...) and (B,...) at share (B,) of the way, each row
-    flattened whole. Between nearly parallel or opposite rows, where it would divide 0 by 0, a
-    straight line.
+    """Spherical interpolation [2.3, 39]: (B,...) and (B,...) at share (B,) of the way,
+    each row flattened whole. Between nearly parallel or opposite rows, where it would
+    divide 0 by 0, a straight line.
     """
     u = a.flatten(1)
     v = b.flatten(1)
@@ -962,11 +1007,13 @@ def slerp(a, b, share):
 
 
 def interpolate(net, ends, labels, count=10, **options):
-    """Pictures between pairs [2.3]: `ends` (2,P,3,32,32) first noises, `labels` (2,P) classes of P
-    pairs -> uint8 (P*count,3,32,32), pair after pair, ends included. `options` as generate.
+    """Pictures between pairs [2.3]: `ends` (2,P,3,32,32) first noises, `labels` (2,P)
+    classes of P pairs -> uint8 (P*count,3,32,32), pair after pair, ends included.
+    `options` as generate.
 
-    Noise and class embedding both go along the sphere, and eta = 0 makes the rest deterministic:
-    so the outer pictures are those that the ends' own noise and class give.
+    Noise and class embedding both go along the sphere, and eta = 0 makes the rest
+    deterministic: so the outer pictures are those that the ends' own noise and class
+    give.
     """
     pairs = ends.shape[1]
     share = torch.linspace(0, 1, count, device=ends.device).repeat(pairs)  # (P*count,)
@@ -982,7 +1029,8 @@ def interpolate(net, ends, labels, count=10, **options):
 
 
 def save_grid(path, x, columns, scale=2):
-    """Pictures uint8 (N,3,32,32) as one PNG, row by row, each pixel drawn `scale` wide."""
+    """Pictures uint8 (N,3,32,32) as one PNG, row by row, each pixel drawn `scale`
+    wide."""
     grid = torchvision.utils.make_grid(x.cpu(), columns, padding=1, pad_value=255)
     image = Image.fromarray(grid.permute(1, 2, 0).numpy())
     size = (image.width * scale, image.height * scale)
@@ -990,8 +1038,9 @@ def save_grid(path, x, columns, scale=2):
 
 
 def save_class_grid(settings, net, names, step):
-    """grid-<step>.png: one row per class for ten classes (those asked for, or ten from all over the
-    list), ten pictures each; always from the same noise, so that grids of one run compare."""
+    """grid-<step>.png: one row per class for ten classes (those asked for, or ten from
+    all over the list), ten pictures each; always from the same noise, so that grids of
+    one run compare."""
     spread = torch.linspace(0, len(names) - 1, 10).long().tolist()
     classes = (find_classes(settings.classes, names) or spread)[:10]
     device = next(net.parameters()).device
@@ -1003,27 +1052,28 @@ def save_class_grid(settings, net, names, step):
     print(f"{path}: " + ", ".join(names[i] for i in classes))
 
 
-# ========================================================================================
+# ======================================================================================
 # The story ends here. What follows has nothing to do with learning.
-# ========================================================================================
+# ======================================================================================
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 9. Neighbours
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def pixel_distances(a, b):
-    """Euclidean distances between pictures uint8 (A,3,H,W) and (B,3,H,W): (A,B), pixels in
-    [0,255]. 5,000 of b at a time, for the memory."""
+    """Euclidean distances between pictures uint8 (A,3,H,W) and (B,3,H,W): (A,B), pixels
+    in [0,255]. 5,000 of b at a time, for the memory."""
     a = a.flatten(1).float()
     parts = [torch.cdist(a, some.flatten(1).float()) for some in b.split(5000)]
     return torch.cat(parts, dim=1)
 
 
 def nearest_neighbours(queries, pictures, k=1, chunk=250):
-    """The k pictures nearest to each query, each as it is or mirrored, by Euclidean distance of
-    pixels in [0,255]: distance (Q,k), index (Q,k), mirrored (Q,k). Both uint8 (.,3,H,W), one device.
+    """The k pictures nearest to each query, each as it is or mirrored, by Euclidean
+    distance of pixels in [0,255]: distance (Q,k), index (Q,k), mirrored (Q,k). Both
+    uint8 (.,3,H,W), one device.
     """
     found = []
     flipped = pictures.flip(-1)
@@ -1034,16 +1084,17 @@ def nearest_neighbours(queries, pictures, k=1, chunk=250):
         index = torch.minimum(plain, mirrored).topk(k, largest=False).indices  # (q,k)
         mirror = (mirrored < plain).gather(1, index)
 
-        # cdist multiplies matrices, which cancels badly for near copies: measure these again.
+        # cdist multiplies matrices, which cancels badly for near copies: measure these
+        # again.
         near = torch.where(mirror[..., None, None, None], flipped[index], pictures[index])
         error = near.float() - some[:, None].float()  # (q,k,3,H,W)
         found.append((error.flatten(2).norm(dim=2), index, mirror))
     return tuple(torch.cat(parts) for parts in zip(*found))
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 10. FID
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 INCEPTION = (
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
@@ -1053,22 +1104,24 @@ INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e9
 
 
 def resize_plane(plane):
-    """One channel, (H,W), as Pillow's bicubic filter shows it at 299x299, cut to [0,255]."""
+    """One channel, (H,W), as Pillow's bicubic filter shows it at 299x299, cut to
+    [0,255]."""
     image = Image.fromarray(plane.astype(np.float32))
     return np.asarray(image.resize((299, 299), Image.BICUBIC)).clip(0, 255)
 
 
 def resize_for_inception(x):
-    """Pictures as clean-fid shows them to the FID network: uint8 (B,3,H,W) -> fp32 (B,3,299,299) in
-    [0,255], each channel in floating point."""
+    """Pictures as clean-fid shows them to the FID network: uint8 (B,3,H,W) -> fp32
+    (B,3,299,299) in [0,255], each channel in floating point."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         planes = list(pool.map(resize_plane, x.flatten(0, 1).cpu().numpy()))
     return torch.from_numpy(np.stack(planes)).view(len(x), 3, 299, 299)
 
 
 def load_inception(path=""):
-    """The FID network (Inception of 2015-12-05) from `path`, or from torch hub's folder, downloaded
-    into it at need. Raises OSError if it can't be had or is not that file."""
+    """The FID network (Inception of 2015-12-05) from `path`, or from torch hub's
+    folder, downloaded into it at need. Raises OSError if it can't be had or is not that
+    file."""
     name = INCEPTION.rsplit("/", 1)[1]
     path = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / name)
     try:
@@ -1087,9 +1140,9 @@ def load_inception(path=""):
 
 @torch.no_grad()
 def feature_statistics(network, x, batch=50):
-    """(mean (2048,), covariance (2048,2048)) of the features of pictures uint8 (N,3,H,W), float64
-    on the CPU. `network` is that of load_inception; its forward would resize by itself, so only
-    its layers are called."""
+    """(mean (2048,), covariance (2048,2048)) of the features of pictures uint8
+    (N,3,H,W), float64 on the CPU. `network` is that of load_inception; its forward
+    would resize by itself, so only its layers are called."""
     rows = []
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32, as others have it
         for some in x.split(batch):
@@ -1101,10 +1154,12 @@ def feature_statistics(network, x, batch=50):
 
 
 def frechet_distance(mean_a, cov_a, mean_b, cov_b):
-    """|mean_a - mean_b|² + trace(A + B - 2 (A B)^(1/2)) of two Gaussians, float64, as a float.
+    """|mean_a - mean_b|² + trace(A + B - 2 (A B)^(1/2)) of two Gaussians, float64, as a
+    float.
 
-    The trace of (A B)^(1/2) is the sum of the square roots of the eigenvalues of sqrt(A) B sqrt(A),
-    which is symmetric, so the eigenvalues are real and can be had safely.
+    The trace of (A B)^(1/2) is the sum of the square roots of the eigenvalues of
+    sqrt(A) B sqrt(A), which is symmetric, so the eigenvalues are real and can be had
+    safely.
     """
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -1113,9 +1168,9 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     return (shift + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 11. Modes
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -1132,7 +1187,8 @@ class Progress:
 
 def sampling_options(settings, device):
     """What generate takes from the settings, as keywords."""
-    # Where no label was ever dropped, "no class" was not learned: guidance would add noise.
+    # Where no label was ever dropped, "no class" was not learned: guidance would add
+    # noise.
     guidance = settings.guidance if settings.label_drop > 0 else 0.0
     schedule = settings.sample_schedule
     if schedule == "same":
@@ -1151,8 +1207,8 @@ def sampling_options(settings, device):
 
 
 def find_classes(words, names):
-    """Class numbers from "rose,7,whale"; none from an empty text. Raises ValueError, as a sentence,
-    for a word that is neither a name nor a number of a class."""
+    """Class numbers from "rose,7,whale"; none from an empty text. Raises ValueError, as
+    a sentence, for a word that is neither a name nor a number of a class."""
     numbers = []
     for word in words.split(","):
         word = word.strip()
@@ -1168,8 +1224,8 @@ def find_classes(words, names):
 
 
 def pick_labels(settings, names, count, device):
-    """Class numbers (count,) on the device: the classes asked for in turn, or if none were, all of
-    them in an order drawn from the seed of sampling."""
+    """Class numbers (count,) on the device: the classes asked for in turn, or if none
+    were, all of them in an order drawn from the seed of sampling."""
     random = torch.Generator().manual_seed(settings.sample_seed)
     classes = find_classes(settings.classes, names)
     if not classes:
@@ -1179,14 +1235,15 @@ def pick_labels(settings, names, count, device):
 
 
 def save_samples(path, x, labels):
-    """uint8 (N,3,32,32) and labels (N,) as a .npz: `samples` uint8 (N,32,32,3), `labels`."""
+    """uint8 (N,3,32,32) and labels (N,) as a .npz: `samples` uint8 (N,32,32,3),
+    `labels`."""
     samples = x.permute(0, 2, 3, 1).numpy()
     np.savez_compressed(path, samples=samples, labels=labels.cpu().numpy())
 
 
 def sample_mode(settings, net, names):
-    """Draw `count` samples, not cherry-picked: samples.png (400 at most) and, for other tools,
-    samples.npz. Returns the pictures, uint8 (count,3,32,32)."""
+    """Draw `count` samples, not cherry-picked: samples.png (400 at most) and, for other
+    tools, samples.npz. Returns the pictures, uint8 (count,3,32,32)."""
     device = next(net.parameters()).device
     labels = pick_labels(settings, names, settings.count, device)
     x = generate(net, labels, **sampling_options(settings, device))
@@ -1200,8 +1257,8 @@ def sample_mode(settings, net, names):
 
 
 def interpolate_mode(settings, net, names, pairs=8):
-    """Figure 3, middle: interpolations.png, one row per pair, ends included. Returns the
-    pictures."""
+    """Figure 3, middle: interpolations.png, one row per pair, ends included. Returns
+    the pictures."""
     device = next(net.parameters()).device
     labels = pick_labels(settings, names, 2 * pairs, device).view(pairs, 2).T
     random = torch.Generator().manual_seed(settings.sample_seed)
@@ -1215,11 +1272,13 @@ def interpolate_mode(settings, net, names, pairs=8):
 
 
 def neighbours_mode(settings, net, names, data, shown=16, k=4):
-    """Figure 3, right: neighbours.png, samples each with its k nearest training pictures beside it.
+    """Figure 3, right: neighbours.png, samples each with its k nearest training
+    pictures beside it.
 
-    Prints the median nearest distance of the samples and that of test pictures: a network that
-    copies the training set comes much nearer to it than new photographs do [2.5]. A little nearer
-    proves nothing, as smooth pictures are near to everything. Returns both medians.
+    Prints the median nearest distance of the samples and that of test pictures: a
+    network that copies the training set comes much nearer to it than new photographs do
+    [2.5]. A little nearer proves nothing, as smooth pictures are near to everything.
+    Returns both medians.
     """
     device = next(net.parameters()).device
     labels = pick_labels(settings, names, settings.count, device)
@@ -1245,10 +1304,10 @@ def neighbours_mode(settings, net, names, data, shown=16, k=4):
 
 
 def fid_mode(settings, net, names, data):
-    """FID as the paper gives it: `fid_count` samples, classes as in the test set, against all
-    test pictures; with the protocol, and the floor: as many training pictures against the test
-    pictures. Returns FID. Raises OSError where its network can't be had; by then the samples are
-    on disk.
+    """FID as the paper gives it: `fid_count` samples, classes as in the test set,
+    against all test pictures; with the protocol, and the floor: as many training
+    pictures against the test pictures. Returns FID. Raises OSError where its network
+    can't be had; by then the samples are on disk.
     """
     device = next(net.parameters()).device
     out = settings.folder()
@@ -1300,7 +1359,8 @@ def schedules_mode(settings):
 
 
 def show_results(settings, net, data, step):
-    """What training ends with: a grid, samples, interpolations, neighbours, and on a GPU FID."""
+    """What training ends with: a grid, samples, interpolations, neighbours, and on a
+    GPU FID."""
     save_class_grid(settings, net, data.names, step)
     sample_mode(settings, net, data.names)
     interpolate_mode(settings, net, data.names)
@@ -1317,8 +1377,8 @@ def show_results(settings, net, data, step):
 
 
 def open_network(settings):
-    """(averaged network, class names) from the checkpoint in settings.folder(). Needs no data set.
-    Raises ValueError or OSError, as a sentence."""
+    """(averaged network, class names) from the checkpoint in settings.folder(). Needs
+    no data set. Raises ValueError or OSError, as a sentence."""
     device, _, out = set_up(settings)
     path = out / "checkpoint.pt"
     state = load_checkpoint(path, settings)
@@ -1327,20 +1387,19 @@ def open_network(settings):
     return net, state["names"]
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 12. Log and pictures
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 class TrainingLog:
-    """Lines of progress, log.csv and loss.png in the folder `out`, and the figures for them.
+    """Lines of progress, log.csv and loss.png in the folder `out`, and the figures for
+    them.
 
     Its state is part of the checkpoint, so a resumed run goes on in the same table.
     """
 
-    columns = (
-        "step loss lr images_per_s val_loss bin0 bin1 bin2 bin3 bin4"
-    ).split()
+    columns = "step loss lr images_per_s val_loss bin0 bin1 bin2 bin3 bin4".split()
 
     def __init__(self, out, steps, batch_size, device):
         self.out = out
@@ -1361,17 +1420,19 @@ class TrainingLog:
         self.loss = state["loss"].to(self.loss.device)
 
     def add(self, step, loss):
-        """Take the loss (0-d) of update number `step`, from 1, into the mean, without waiting."""
+        """Take the loss (0-d) of update number `step`, from 1, into the mean, without
+        waiting."""
         self.loss = self.loss.lerp(loss, max(0.02, 1 / step))
 
     def start_clock(self, step):
-        """Training goes on from `step` updates: validation and files are not counted."""
+        """Training goes on from `step` updates: validation and files are not
+        counted."""
         self.clock = time.perf_counter()
         self.clock_step = step
 
     def stop_clock(self, step, rate, net):
-        """A new row of the table: loss, rate and speed. Raises ValueError if the loss or a weight
-        is not finite."""
+        """A new row of the table: loss, rate and speed. Raises ValueError if the loss
+        or a weight is not finite."""
         total = self.loss + sum(p.detach().sum() for p in net.parameters())
         if not torch.isfinite(total):
             raise ValueError(
@@ -1405,8 +1466,8 @@ class TrainingLog:
         print(line, end="\r" if in_place else "\n", flush=True)
 
     def write_files(self):
-        """log.csv and loss.png, whole each time: so a run that went back to its checkpoint leaves
-        no rows of the steps it lost."""
+        """log.csv and loss.png, whole each time: so a run that went back to its
+        checkpoint leaves no rows of the steps it lost."""
         write_csv(self.out / "log.csv", self.columns, self.rows)
         plot(
             self.out / "loss.png",
@@ -1417,8 +1478,9 @@ class TrainingLog:
         )
 
     def curve(self, name):
-        """[(step, value)] of a column, where it has one; cut at 0.5, as the first losses (0.65
-        where the network still says zero) would flatten all that follows."""
+        """[(step, value)] of a column, where it has one; cut at 0.5, as the first
+        losses (0.65 where the network still says zero) would flatten all that
+        follows."""
         return [(row["step"], min(row[name], 0.5)) for row in self.rows if name in row]
 
     def summarise(self, step):
@@ -1451,7 +1513,8 @@ class Axis(NamedTuple):
 
 
 def plot(path, curves, title, x_axis, y_axis):
-    """Draw `curves`, name -> [(x, y)], three at most, into a PNG of 720 x 450 pixels."""
+    """Draw `curves`, name -> [(x, y)], three at most, into a PNG of 720 x 450
+    pixels."""
     # Drawn at twice the final size: scaling down smooths the lines.
     image = Image.new("RGB", (1440, 900), "white")
     pen = ImageDraw.Draw(image)
@@ -1487,14 +1550,14 @@ def plot(path, curves, title, x_axis, y_axis):
     image.resize((720, 450), Image.LANCZOS).save(path)
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 13. Checkpoints and signals
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def save_checkpoint(path, settings, data, parts, progress):
-    """All that a run needs to go on, in one file. `parts` are things with a state_dict, by name;
-    `progress` is a dict of plain values and tensors."""
+    """All that a run needs to go on, in one file. `parts` are things with a state_dict,
+    by name; `progress` is a dict of plain values and tensors."""
     state = {name: part.state_dict() for name, part in parts.items()}
     state.update(progress)
     state.update(
@@ -1503,7 +1566,8 @@ def save_checkpoint(path, settings, data, parts, progress):
         checksum=data.checksum,
     )
 
-    # First beside it, then renamed: `path` is always a whole file, the old or the new one.
+    # First beside it, then renamed: `path` is always a whole file, the old or the new
+    # one.
     beside = path.with_suffix(".tmp")
     torch.save(state, beside)
     os.replace(beside, path)
@@ -1512,11 +1576,13 @@ def save_checkpoint(path, settings, data, parts, progress):
 def load_checkpoint(path, settings=None, checksum=None):
     """The dict that save_checkpoint wrote, with its tensors on the CPU.
 
-    Raises ValueError, as a sentence, if the file is missing, damaged, or of another program; and,
-    if `settings` or a `checksum` are given, if the run was made with others.
+    Raises ValueError, as a sentence, if the file is missing, damaged, or of another
+    program; and, if `settings` or a `checksum` are given, if the run was made with
+    others.
     """
     try:
-        # torch writes a zip file with a checksum for each tensor, but doesn't look at them.
+        # torch writes a zip file with a checksum for each tensor, but doesn't look at
+        # them.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
@@ -1538,14 +1604,15 @@ def load_checkpoint(path, settings=None, checksum=None):
 
 
 def unusable(path, error):
-    """The ValueError that says in one line why a checkpoint can't be used, and what helps."""
+    """The ValueError that says in one line why a checkpoint can't be used, and what
+    helps."""
     reason = " ".join(str(error).split())[:80] or type(error).__name__
     return ValueError(f"can't use {path} ({reason}): use its settings, or another --out")
 
 
 def restore(parts, state):
-    """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises ValueError,
-    as a sentence, where they don't fit."""
+    """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises
+    ValueError, as a sentence, where they don't fit."""
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
@@ -1562,8 +1629,9 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """A context in which Ctrl-C and SIGTERM only leave a note, in `received`, so that a step can
-    be finished and saved. A second signal acts as it would have without this."""
+    """A context in which Ctrl-C and SIGTERM only leave a note, in `received`, so that a
+    step can be finished and saved. A second signal acts as it would have without
+    this."""
 
     def __enter__(self):
         self.received = None
@@ -1593,14 +1661,14 @@ class StopSignals:
         )
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 14. Device, compile, width
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def choose_device(name="auto"):
-    """The torch.device of that name; "auto" is the fastest kind there is. Raises ValueError if
-    there is none of the kind asked for."""
+    """The torch.device of that name; "auto" is the fastest kind there is. Raises
+    ValueError if there is none of the kind asked for."""
     available = dict(
         cuda=torch.cuda.is_available(),
         mps=torch.backends.mps.is_available(),
@@ -1614,16 +1682,17 @@ def choose_device(name="auto"):
 
 
 def supports_bf16(device):
-    """Whether bf16 is fast on the device. It has fp32's range, so unlike fp16 it needs no scaling
-    of the loss; where it is emulated it is only slow."""
+    """Whether bf16 is fast on the device. It has fp32's range, so unlike fp16 it needs
+    no scaling of the loss; where it is emulated it is only slow."""
     if device.type != "cuda":
         return False
     return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def set_up(settings):
-    """What every mode begins with: (device, whether bf16 is used, folder to write to). Raises
-    ValueError or OSError, as a sentence, where the device or the folder can't be had."""
+    """What every mode begins with: (device, whether bf16 is used, folder to write to).
+    Raises ValueError or OSError, as a sentence, where the device or the folder can't be
+    had."""
     device = choose_device(settings.device)
     bf16 = supports_bf16(device)
     out = make_folder(settings.folder())
@@ -1632,8 +1701,8 @@ def set_up(settings):
 
 
 def make_folder(path):
-    """Make the folder and check that files can be written there: better to fail now than after
-    an hour. Returns it; raises OSError, as a sentence."""
+    """Make the folder and check that files can be written there: better to fail now
+    than after an hour. Returns it; raises OSError, as a sentence."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / "log.csv").open("a").close()
@@ -1651,9 +1720,9 @@ def check_batch_size(batch_size, count):
 
 
 def build_network(settings, classes, device="cpu"):
-    """The UNet of `settings` on the device, its weights drawn from their seed; at the given width,
-    or else at the largest that the budget allows, in steps of 8. Raises ValueError for a width
-    that no network can have."""
+    """The UNet of `settings` on the device, its weights drawn from their seed; at the
+    given width, or else at the largest that the budget allows, in steps of 8. Raises
+    ValueError for a width that no network can have."""
     variant = dict(
         after_injection=settings.after_injection,
         modulate=settings.modulate == "on",
@@ -1664,8 +1733,8 @@ def build_network(settings, classes, device="cpu"):
 
 
 def widest_that_fits(classes, variant):
-    """The largest width, a multiple of 8, at which the UNet of `variant` is within the parameter
-    budget."""
+    """The largest width, a multiple of 8, at which the UNet of `variant` is within the
+    parameter budget."""
     width = 8
     while True:
         # On the meta device a network has shapes but no memory.
@@ -1677,10 +1746,12 @@ def widest_that_fits(classes, variant):
 
 
 def compile_network(net, how, example, bf16):
-    """torch.compile `net` in place, so that its weights keep their names, if `how` asks for it.
+    """torch.compile `net` in place, so that its weights keep their names, if `how` asks
+    for it.
 
-    Where torch.compile fails, it fails at the first call. So a copy goes first, there and back,
-    with arguments like training's; if it fails, one line says so and training goes on without.
+    Where torch.compile fails, it fails at the first call. So a copy goes first, there
+    and back, with arguments like training's; if it fails, one line says so and training
+    goes on without.
     """
     device = example[0].device.type
     if how == "off" or (how == "auto" and device != "cuda"):
@@ -1695,9 +1766,9 @@ def compile_network(net, how, example, bf16):
         print(f"going on without torch.compile: {type(error).__name__}: {str(error)[:200]}")
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 15. Drawn shapes
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # A stand-in for photographs: nothing to download, and learned in minutes on a CPU.
 
 SHAPE_NAMES = "circle ring square frame triangle diamond plus cross star moon".split()
@@ -1705,10 +1776,11 @@ COLOUR_NAMES = "red orange yellow lime cyan blue magenta pink tan white".split()
 
 
 def shape_distance(name, u, v):
-    """How far the place (u, v) is outside a shape, below 0 inside; u points right, v up.
+    """How far the place (u, v) is outside a shape, below 0 inside; u points right, v
+    up.
 
-    The shape fits into [-1,1] (the star's tips reach 1.02). Outside, this grows about like the
-    distance.
+    The shape fits into [-1,1] (the star's tips reach 1.02). Outside, this grows about
+    like the distance.
     """
     radius = u.hypot(v)
     square = u.abs().maximum(v.abs())  # a distance with square corners
@@ -1734,8 +1806,8 @@ def shape_distance(name, u, v):
 
 
 def draw_shapes(count, seed):
-    """Draw `count` pictures of 10 shapes x 10 colours: (x uint8 (count,3,32,32), y (count,),
-    class names). The same seed draws the same pictures."""
+    """Draw `count` pictures of 10 shapes x 10 colours: (x uint8 (count,3,32,32), y
+    (count,), class names). The same seed draws the same pictures."""
     random = torch.Generator().manual_seed(seed)
     classes = len(SHAPE_NAMES) * len(COLOUR_NAMES)
     y = torch.randint(classes, (count,), generator=random)
@@ -1749,8 +1821,8 @@ def draw_shapes(count, seed):
     u = (torch.arange(32.0) - middle_x) / size  # (count,1,32)
     v = (middle_y - torch.arange(32.0)[:, None]) / size  # (count,32,1)
 
-    # Which share of a pixel the shape covers: the distance in pixels, cut to one pixel, gives a
-    # smooth edge.
+    # Which share of a pixel the shape covers: the distance in pixels, cut to one pixel,
+    # gives a smooth edge.
     cover = torch.empty(count, 1, 32, 32)
     for i, name in enumerate(SHAPE_NAMES):
         members = y // len(COLOUR_NAMES) == i
@@ -1767,13 +1839,14 @@ def draw_shapes(count, seed):
     return x, y, names
 
 
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 # 16. Command line
-# ----------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------
 
 
 def check_value(field, value):
-    """Raises ValueError, as a sentence, if a field of Settings may not have this value."""
+    """Raises ValueError, as a sentence, if a field of Settings may not have this
+    value."""
     flag = "--" + field.name.replace("_", "-")
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
@@ -1787,8 +1860,9 @@ def check_value(field, value):
 
 
 def choose_settings(**given):
-    """Settings from those `given`. For the rest, in this order: what `recipe="paper"` takes back,
-    the defaults for data="shapes", the defaults. Raises ValueError as Settings does."""
+    """Settings from those `given`. For the rest, in this order: what `recipe="paper"`
+    takes back, the defaults for data="shapes", the defaults. Raises ValueError as
+    Settings does."""
     values = {}
     if given.get("data") == "shapes":
         values.update(SHAPES)
@@ -1799,14 +1873,16 @@ def choose_settings(**given):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for a command that can't be meant, instead of ending the process."""
+    """Raises ValueError for a command that can't be meant, instead of ending the
+    process."""
 
     def error(self, message):
         raise ValueError(f"{message} (--help lists all flags)")
 
 
 def parse(argv):
-    """(mode, dict of the settings that `argv` gives). Raises ValueError, as a sentence."""
+    """(mode, dict of the settings that `argv` gives). Raises ValueError, as a
+    sentence."""
     parser = Parser(
         "diffusion.py",
         description=__doc__.split("\n\n")[0],
@@ -1828,8 +1904,8 @@ def parse(argv):
 
 
 def run(argv):
-    """What `python diffusion.py ARGV` does; returns the mode's result. Raises what the mode
-    raises."""
+    """What `python diffusion.py ARGV` does; returns the mode's result. Raises what the
+    mode raises."""
     mode, given = parse(argv)
     if mode == "train":
         command = "python diffusion.py " + shlex.join(argv)
@@ -1837,8 +1913,8 @@ def run(argv):
     if mode == "schedules":
         return schedules_mode(choose_settings(**given))
 
-    # The others start from a checkpoint, which knows how it was made, but not on which machine we
-    # are; and `--classes` is of one command only.
+    # The others start from a checkpoint, which knows how it was made, but not on which
+    # machine we are; and `--classes` is of one command only.
     path = choose_settings(**given).folder() / "checkpoint.pt"
     made = load_checkpoint(path)["settings"]
     settings = Settings(**{**made, "device": "auto", "classes": "", **given})
@@ -1856,7 +1932,8 @@ def run(argv):
 
 
 def main(argv=None):
-    """`run`, with errors as one line and an exit status: the only place that ends the process."""
+    """`run`, with errors as one line and an exit status: the only place that ends the
+    process."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, AssertionError) as error:

@@ -5,7 +5,9 @@
 """
 import ast
 import contextlib
+import csv
 import io
+import math
 import os
 import re
 import shutil
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +85,8 @@ def same(a, b):
 
 
 def stop_at(module, monkey, name, call, number=signal.SIGINT):
-    """Let the `call`-th call of module.name send this process a signal first."""
+    """Let call number `call` of module.name, a function that each training step calls once, send
+    this process a signal first."""
     function, calls = getattr(module, name), []
     def wrapped(*args, **kwargs):
         calls.append(1)
@@ -104,7 +108,8 @@ def test_pieces_copy_alone():
     for script in SCRIPTS:
         tree = ast.parse((HERE / script).read_text(encoding="utf-8"))
         frame = [node for node in tree.body
-                 if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign))]
+                 if isinstance(node, (ast.Import, ast.ImportFrom, ast.Assign))
+                 or getattr(node, "name", None) == "setting"]
         pieces = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
         assert len(pieces) > 20
         for piece in pieces:
@@ -132,12 +137,14 @@ def test_layers_work_alone():
     assert alone(one, "GatedMLP")(8, 20)(torch.zeros(2, 5, 8)).shape == (2, 5, 8)
     assert alone(one, "RMSNorm")(8)(torch.ones(2, 8)).shape == (2, 8)
     assert alone(one, "fourier_positions")(6, 12).shape == (36, 12)
-    assert alone(one, "draw_shapes")(5, 0)[0].shape == (5, 3, 32, 32)
-    assert alone(one, "augment")(x.byte()).shape == x.shape
+    draw = alone(one, "shape_distance", "draw_shapes")
+    assert draw(5, 0)[0].shape == (5, 3, 32, 32)
+    assert alone(one, "random_crop_and_flip")(x.byte()).shape == x.shape
+    assert alone(one, "strength", "apply_operation", "randaugment")(x.byte()).shape == x.shape
     assert alone(two, "separable_conv")(3, 8)(x).shape == (2, 8, 6, 4)
     assert alone(two, "Attention")(4)(torch.zeros(2, 4, 3, 5)).shape == (2, 4, 3, 5)
     assert alone(two, "cosine_schedule")(torch.tensor([0.5])).abs() < 1e-5
-    assert alone(two, "clip_x0")(x).shape == x.shape
+    assert alone(two, "clip_picture")(x).shape == x.shape
     assert alone(two, "slerp")(x, x, torch.ones(2)).shape == x.shape
 
 
@@ -156,18 +163,19 @@ def test_imports_are_required():
 
 
 def test_readme_flags_exist():
-    """Every flag and mode in the README's commands is one that the script knows."""
-    readme = (HERE / "README.md").read_text(encoding="utf-8")
-    commands = re.findall(r"python (\w+\.py)([^\n`#|&]*)", readme)
-    assert any(script == "classifier.py" for script, _ in commands)
-    for script, words in commands:
-        assert (HERE / script).exists(), script
-        if script == "test_smoke.py":
-            continue
-        module = sys.modules[script[:-3]]
-        known = {name.replace("_", "-") for name in module.Settings.__dataclass_fields__}
-        for flag in re.findall(r"--([a-z][a-z-]*)", words):
-            assert flag in known | {"help"}, f"README: {script} has no --{flag}"
+    """Every flag and mode in the commands of README.md and experiments.md is known to its script."""
+    for name in ("README.md", ".github/experiments.md"):
+        text = (HERE / name).read_text(encoding="utf-8").replace("\\\n", " ")
+        commands = re.findall(r"python (\w+\.py)([^\n`#|&]*)", text)
+        assert {"classifier.py", "diffusion.py"} <= {script for script, _ in commands}
+        for script, words in commands:
+            assert (HERE / script).exists(), script
+            if script == "test_smoke.py":
+                continue
+            module = sys.modules[script[:-3]]
+            known = {name.replace("_", "-") for name in module.Settings.__dataclass_fields__}
+            for flag in re.findall(r"--([a-z][a-z0-9-]*)", words):
+                assert flag in known | {"help"}, f"{name}: {script} has no --{flag}"
 
 
 def test_header_and_top_level():
@@ -190,36 +198,50 @@ VARIANTS = [dict(block="gpt2"), dict(activation="gelu"), dict(activation="relu")
 
 
 def test_classifier_budget():
+    """The default is the widest that fits, the table adds up, and training refuses more."""
     net = classifier.Classifier()
     count = sum(p.numel() for p in net.parameters())
     assert 95_000 < count < 100_000                     # the budget is used well
     assert widest().stem[-1][3].out_channels == 80      # the default is the widest that fits
     assert f"{count:,} parameters" in classifier.__doc__
-    table = classifier.parameter_table(net)
-    counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in table.splitlines()}
-    assert counts.pop("total") == count == sum(counts.values())
+    for variant in ({}, dict(positions="learned", width=72)):
+        net = classifier.Classifier(**variant)
+        count = sum(p.numel() for p in net.parameters())
+        check_table(classifier.parameter_table(net), count)
     assert classifier.MAX_PARAMETERS == 100_000 and classifier.MAX_STEPS == 10_000
-    try:
-        classifier.Classifier(width=88)
-    except AssertionError as error:
-        over = sum(p.numel() for p in classifier_without_budget(width=88).parameters())
-        assert over >= 100_000 and f"{over:,}" in str(error)
-    else:
-        raise AssertionError("a network over the budget was built")
+    over = sum(p.numel() for p in classifier.Classifier(width=88).parameters())
+    message = refused_in_small(classifier, "--width", 88)
+    assert over >= 100_000 and f"{over:,} parameters, not under 100,000" in message
+
+
+def check_table(table, count):
+    """The lines of a parameter table add up to `count`, which is its last."""
+    counts = {}
+    for line in table.splitlines():
+        name, number = line.split()
+        counts[name] = int(number.replace(",", ""))
+    assert counts.pop("total") == count == sum(counts.values())
+
+
+def refused_in_small(module, *flags):
+    """The message with which training on few drawn shapes ends."""
+    with patched() as monkey, tempfile.TemporaryDirectory() as out:
+        small_shapes(module, monkey)
+        return refused(module, "--data", "shapes", "--batch-size", 50, "--out", out, *flags)
+
+
+def test_step_budget():
+    """The loop refuses the update after the last one allowed, whatever the settings say."""
+    for module in (classifier, diffusion):
+        with patched() as monkey:
+            monkey(module, "MAX_STEPS", 3)
+            message = refused_in_small(module, "--width", 8, "--steps", 5)
+        assert "all 3 optimiser steps are spent" in message
 
 
 def widest(**variant):
     """The network that the script builds for a variant when no width is given."""
-    settings = classifier.Settings(**variant)
-    data = classifier.Data(*[None] * 6, names=range(100), checksum=0)
-    run = classifier.Run(torch.device("cpu"), False, None, data, None, None, {})
-    return classifier.make_network(settings, run)
-
-
-def classifier_without_budget(**variant):
-    with patched() as monkey:
-        monkey(classifier, "MAX_PARAMETERS", 10**9)
-        return classifier.Classifier(**variant)
+    return classifier.build_network(classifier.Settings(**variant), classes=100)
 
 
 def test_classifier_shapes():
@@ -241,13 +263,16 @@ def test_variants_step():
         net = widest(**variant)
         width = net.stem[-1][3].out_channels
         assert sum(p.numel() for p in net.parameters()) < 100_000
-        wider = classifier_without_budget(**variant, width=width + 8)
+        wider = classifier.Classifier(**variant, width=width + 8)
         assert sum(p.numel() for p in wider.parameters()) >= 100_000, (variant, width)
         optimiser = classifier.make_optimiser(net, 0.1)
         for group in optimiser.param_groups:
             group["lr"] = 1e-2
         before = [p.detach().clone() for p in net.parameters()]
-        assert torch.isfinite(classifier.training_step(net, optimiser, x, y, 0.1, 1.0, False))
+        loss = F.cross_entropy(net(x), y)
+        loss.backward()
+        optimiser.step()
+        assert torch.isfinite(loss)
         for (name, p), old in zip(net.named_parameters(), before):
             assert not torch.equal(p, old), (variant, name)
 
@@ -261,7 +286,7 @@ def test_tying_is_real():
     x = torch.randn(2, 3, 32, 32)
     net(x).square().sum().backward()
     assert len(calls) == 4
-    untied = classifier_without_budget(width=16, weights="untied").eval()
+    untied = classifier.Classifier(width=16, weights="untied").eval()
     for own in untied.encoder:
         own.load_state_dict(net.encoder[0].state_dict())
     untied.load_state_dict({name: value for name, value in net.state_dict().items()
@@ -328,7 +353,7 @@ def test_shapes_defaults():
             usual, _ = run(module)
         assert drawn.steps == 7 and drawn.batch_size == module.SHAPES["batch_size"]
         assert usual == module.Settings(out=usual.out) and usual.batch_size != drawn.batch_size
-        assert drawn.out.endswith("shapes") and usual.out.endswith("cifar100")
+        assert str(drawn.folder()).endswith("shapes") and str(usual.folder()).endswith(module.DATASET.__name__.lower())
 
 
 def test_recipe_paper():
@@ -381,24 +406,60 @@ def test_augment():
     assert len(seen) > 20 and {flip for _, _, flip in seen} == {0, 1}
 
 
-def test_randaugment_draws():
-    """At least 16 draws for 1,024 pictures."""
+def test_randaugment_pixels():
+    """What torchvision's RandAugment makes of a picture over many draws is what our operations
+    make of it, each with each sign: the same set of pictures, to the bit."""
     from torchvision.transforms import v2
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    for magnitude in (2, 9, 20):
+        theirs = {v2.RandAugment(1, magnitude)(x).numpy().tobytes() for _ in range(400)}
+        ours = set()
+        for name in classifier.OPERATIONS:
+            for sign in (1, -1):
+                changed = classifier.apply_operation(x, name, magnitude, sign)
+                ours.add(changed.numpy().tobytes())
+        assert ours == theirs, magnitude
+        assert len(ours) > 10                       # operations differ from each other
+
+
+def test_randaugment_draws():
+    """Every picture draws for itself, evenly, and comes back to its own place."""
+    torch.manual_seed(0)
+    sizes = {}
+    apply = classifier.apply_operation
+    def counting(x, name, magnitude, sign):
+        assert (name, sign) not in sizes                # one call for all that drew the same
+        sizes[name, sign] = len(x)
+        return apply(x, name, magnitude, sign)
     with patched() as monkey:
-        calls = []
-        monkey(v2.RandAugment, "forward", lambda self, x: (calls.append(len(x)), x)[1])
-        classifier.augment(torch.zeros(1024, 3, 32, 32, dtype=torch.uint8))
-    assert len(calls) >= 16 and sum(calls) == 1024
+        monkey(classifier, "apply_operation", counting)
+        classifier.randaugment(torch.zeros(14_000, 3, 4, 4, dtype=torch.uint8))
+    assert len(sizes) == 28 and sum(sizes.values()) == 14_000
+    expected, deviation = 500, (14_000 * 1 / 28 * 27 / 28) ** 0.5
+    assert all(abs(size - expected) < 4.5 * deviation for size in sizes.values()), sizes
+    # Number i of the result is one of the operations on number i, for every i; and there are many.
+    x = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8)
+    out, seen = classifier.randaugment(x, 9), set()
+    for picture, result in zip(x[:, None], out[:, None]):
+        kinds = [(name, sign) for name in classifier.OPERATIONS for sign in (1, -1)
+                 if torch.equal(apply(picture, name, 9, sign), result)]
+        assert kinds
+        seen.add(kinds[0])
+    assert len(seen) > 10
+    # Two operations: some pictures are what no single one makes.
+    twice = classifier.augment(x, 2, 9)
+    assert not torch.equal(twice, x) and twice.shape == x.shape
 
 
 def test_normalise():
     x, _, _ = classifier.draw_shapes(500, seed=0)
-    statistics = classifier.channel_statistics(x)
-    z = classifier.normalise(x, **statistics)
+    mean, std = classifier.channel_statistics(x)
+    z = classifier.normalise(x, mean, std)
     assert z.mean((0, 2, 3)).abs().max() < 1e-3 and (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
     assert z.is_contiguous(memory_format=torch.channels_last)
     try:
-        classifier.normalise(z, **statistics)
+        classifier.normalise(z, mean, std)
     except AssertionError as error:
         assert "uint8" in str(error)
     else:
@@ -420,60 +481,83 @@ def test_holdout():
 
 
 def test_cifar_folder():
-    """The real loader on files in CIFAR-100's format, and on damaged and missing ones."""
+    """The real loader on files in the data set's format, on damaged and on missing ones; and with
+    CIFAR-10 in place of CIFAR-100, which is one word in the script."""
+    for module in (classifier, diffusion):
+        for dataset in (torchvision.datasets.CIFAR100, torchvision.datasets.CIFAR10):
+            with tempfile.TemporaryDirectory() as root, patched() as monkey:
+                monkey(module, "DATASET", dataset)
+                check_cifar_folder(module, dataset, monkey, root)
+
+
+def check_cifar_folder(module, cifar, monkey, root):
+    """What test_cifar_folder says, for one data set."""
     import pickle
-    cifar = torchvision.datasets.CIFAR100
-    with tempfile.TemporaryDirectory() as root, patched() as monkey:
-        folder = Path(root) / cifar.base_folder
-        folder.mkdir()
-        pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
-        content = dict(train={"data": pixels, "fine_labels": [i % 5 for i in range(20)]},
-                       test={"data": pixels[:10], "fine_labels": [i % 5 for i in range(10)]},
-                       meta={"fine_label_names": list("abcde")})
-        for name, value in content.items():
-            (folder / name).write_bytes(pickle.dumps(value))
-        # Our small files have their own sums, so these must be refused ...
-        message = refused(classifier, "--data", root, "--out", Path(root) / "out")
-        assert "damaged" in message and root in message and cifar.tgz_md5 in message
-        # ... and accepted once their sums are those expected.
-        md5 = torchvision.datasets.utils.calculate_md5
-        monkey(cifar, "train_list", [["train", md5(folder / "train")]])
-        monkey(cifar, "test_list", [["test", md5(folder / "test")]])
-        monkey(cifar, "meta", dict(cifar.meta, md5=md5(folder / "meta")))
-        x, y, test_x, test_y, names = classifier.load_cifar(root)
-        assert x.shape == (20, 3, 32, 32) and test_x.shape == (10, 3, 32, 32)
-        assert np.array_equal(x.numpy().reshape(20, -1), pixels)
-        assert y.tolist() == content["train"]["fine_labels"] and names == list("abcde")
-        # Cut short: refused and left as it is. Gone: a download, which fails with instructions.
-        whole = (folder / "test").read_bytes()
-        (folder / "test").write_bytes(whole[:100])
-        assert "damaged" in refused(classifier, "--data", root, "--out", Path(root) / "out")
-        assert (folder / "test").read_bytes() == whole[:100]
-        shutil.rmtree(folder)
-        def no_net(*args, **kwargs):
-            raise OSError("no route to host")
-        monkey(cifar, "download", no_net)
-        message = refused(classifier, "--data", root, "--out", Path(root) / "out")
-        for part in ("no route to host", cifar.url, "169,001,437", cifar.tgz_md5, root,
-                     "--data shapes"):
-            assert part in message, part
+    folder = Path(root) / cifar.base_folder
+    folder.mkdir()
+    assert module.Settings().folder().name.endswith(cifar.__name__.lower())
+    train, test = cifar.train_list[0][0], cifar.test_list[0][0]
+    meta = cifar.meta["filename"]
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    labels = [i % 5 for i in range(20)]
+    content = {train: {"data": pixels, "labels": labels},
+               test: {"data": pixels[:10], "labels": labels[:10]},
+               meta: {cifar.meta["key"]: list("abcde")}}
+    for name, value in content.items():
+        (folder / name).write_bytes(pickle.dumps(value))
+    flags = ["--data", root, "--out", Path(root) / "out"]
+
+    # Our small files have their own sums, so these must be refused ...
+    message = refused(module, *flags)
+    assert "damaged" in message or "corrupted" in message
+    assert root in message and cifar.tgz_md5 in message and cifar.__name__ in message
+
+    # ... and accepted once their sums are those expected.
+    md5 = torchvision.datasets.utils.calculate_md5
+    monkey(cifar, "train_list", [[train, md5(folder / train)]])
+    monkey(cifar, "test_list", [[test, md5(folder / test)]])
+    monkey(cifar, "meta", dict(cifar.meta, md5=md5(folder / meta)))
+    x, y, test_x, test_y, names = module.load_cifar(root)
+    assert x.shape == (20, 3, 32, 32) and test_x.shape == (10, 3, 32, 32)
+    assert np.array_equal(x.numpy().reshape(20, -1), pixels)
+    assert y.tolist() == labels and test_y.tolist() == labels[:10] and names == list("abcde")
+
+    # Cut short: refused and left as it is. Gone: a download, which fails with instructions.
+    whole = (folder / test).read_bytes()
+    (folder / test).write_bytes(whole[:100])
+    assert cifar.tgz_md5 in refused(module, *flags)
+    assert (folder / test).read_bytes() == whole[:100]
+    shutil.rmtree(folder)
+    def no_net(*args, **kwargs):
+        raise OSError("no route to host")
+    monkey(cifar, "download", no_net)
+    message = refused(module, *flags)
+    for part in ("no route to host", cifar.url, cifar.tgz_md5, root, "--data shapes"):
+        assert part in message, part
 
 
 # ------------------------------------------------------------------------------------------------
 # classifier.py: training and evaluation
 # ------------------------------------------------------------------------------------------------
 
+def log_column(out, name):
+    """The numbers of one column of log.csv."""
+    rows = list(csv.DictReader((Path(out) / "log.csv").open()))
+    return [float(row[name]) for row in rows]
+
+
 def test_schedule():
     """OneCycle as train() uses it: rises to the peak at 30 %, ends near 0, a rate for each step."""
     with patched() as monkey, tempfile.TemporaryDirectory() as out:
         small_shapes(classifier, monkey)
-        rates, step = [], classifier.training_step
-        def noting(net, optimiser, *rest):
-            rates.append(optimiser.param_groups[0]["lr"])
-            return step(net, optimiser, *rest)
-        monkey(classifier, "training_step", noting)
-        run(classifier, *TINY, "--steps", 40, "--max-lr", 0.01, "--out", out)
-    assert len(rates) == 40
+        used, step = [], torch.optim.AdamW.step
+        def noting(self, *args, **kwargs):
+            used.append(self.param_groups[0]["lr"])
+            return step(self, *args, **kwargs)
+        monkey(torch.optim.AdamW, "step", noting)
+        run(classifier, *TINY, "--steps", 40, "--max-lr", 0.01, "--log-every", 1, "--out", out)
+        rates = log_column(out, "lr")
+    assert rates == used and len(rates) == 40           # the log has the rate that was used
     peak = int(np.argmax(rates))
     assert abs(rates[peak] - 0.01) < 3e-4 and abs(peak - 0.3 * 40) <= 1.5
     assert rates[0] < 0.0005 and rates[-1] < 1e-4
@@ -489,17 +573,32 @@ def test_weight_decay_groups():
 
 
 def test_label_smoothing_and_clip():
-    torch.manual_seed(0)
-    net, x, y = classifier.Classifier(width=8), torch.randn(6, 3, 32, 32), torch.arange(6)
-    optimiser = torch.optim.SGD(net.parameters(), lr=1.0)
-    before = [p.detach().clone() for p in net.parameters()]
-    logits = net.train()(x)
-    target = F.one_hot(y, 100) * 0.8 + 0.2 / 100
-    expected = -(target * logits.log_softmax(1)).sum(1).mean()
-    loss = classifier.training_step(net, optimiser, x, y, 0.2, 0.01, False)
-    torch.testing.assert_close(loss, expected.detach())
-    moved = torch.cat([(p - old).flatten() for p, old in zip(net.parameters(), before)]).norm()
-    assert 0.0099 < moved <= 0.0101                  # SGD with rate 1 moves by the clipped gradient
+    """What train() minimises is the smoothed cross-entropy, and no gradient is longer than asked."""
+    losses, norms = [], []
+    cross_entropy, clip = F.cross_entropy, torch.nn.utils.clip_grad_norm_
+    def noting_loss(logits, y, **kwargs):
+        loss = cross_entropy(logits, y, **kwargs)
+        if logits.requires_grad:
+            target = F.one_hot(y, 100) * 0.8 + 0.2 / 100
+            expected = -(target * logits.log_softmax(1)).sum(1).mean()
+            losses.append((loss.item(), expected.item()))
+        return loss
+    def noting_clip(parameters, most):
+        parameters = list(parameters)
+        before = clip(parameters, most)
+        norms.append((before.item(), torch.cat([p.grad.flatten() for p in parameters]).norm()))
+        return before
+    with patched() as monkey, tempfile.TemporaryDirectory() as out:
+        small_shapes(classifier, monkey)
+        monkey(F, "cross_entropy", noting_loss)
+        monkey(torch.nn.utils, "clip_grad_norm_", noting_clip)
+        run(classifier, *TINY, "--steps", 3, "--label-smoothing", 0.2, "--clip-norm", 0.01,
+            "--out", out)
+    assert len(losses) == len(norms) == 3
+    for got, expected in losses:
+        assert abs(got - expected) < 1e-5
+    for before, after in norms:
+        assert before > 0.01 and 0.0099 < after <= 0.0101
 
 
 def test_evaluate_is_exact():
@@ -508,19 +607,19 @@ def test_evaluate_is_exact():
     x = torch.randint(0, 256, (600, 3, 8, 8), dtype=torch.uint8)
     y = torch.randint(0, 9, (600,))
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 9))
-    prepare = lambda x: x.float() / 255
+    scale = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
     with torch.no_grad():
-        logits = net(prepare(x))
-    got = classifier.evaluate(net, x, y, prepare)._asdict()
+        logits = net(x.float() / 255)
+    got = classifier.evaluate(net, x, y, *scale)._asdict()
     hit = (logits.argmax(1) == y).float()
-    assert abs(got["acc"] - hit.double().mean().item()) < 1e-9 and got["count"] == 600
+    assert abs(got["accuracy"] - hit.double().mean().item()) < 1e-9 and got["count"] == 600
     assert abs(got["loss"] - F.cross_entropy(logits, y).item()) < 1e-5
     five = (logits.topk(5).indices == y[:, None]).any(1).double().mean().item()
     assert abs(got["top5"] - five) < 1e-9
     assert got["batch"] == 600 and got["spread"] == 0
-    half = classifier.evaluate(net, x.repeat(3, 1, 1, 1)[:1400], y.repeat(3)[:1400], prepare)
+    half = classifier.evaluate(net, x.repeat(3, 1, 1, 1)[:1400], y.repeat(3)[:1400], *scale)
     assert half.batch == 700
-    smooth = classifier.evaluate(net, x, y, prepare, label_smoothing=0.2)
+    smooth = classifier.evaluate(net, x, y, *scale, label_smoothing=0.2)
     assert abs(smooth.loss - F.cross_entropy(logits, y, label_smoothing=0.2).item()) < 1e-5
 
 
@@ -531,7 +630,7 @@ def test_resume_is_bit_identical():
         flags, before = [*TINY, "--steps", 23], signal.getsignal(signal.SIGINT)
         run(classifier, *flags, "--out", f"{root}/whole")
         with patched() as inner:
-            stop_at(classifier, inner, "training_step", 9)             # in the second epoch
+            stop_at(classifier, inner, "augment", 9)             # in the second epoch
             try:
                 run(classifier, *flags, "--out", f"{root}/parts")
             except SystemExit as stop:
@@ -539,17 +638,17 @@ def test_resume_is_bit_identical():
             else:
                 raise AssertionError("Ctrl-C did not stop the run")
         state = torch.load(f"{root}/parts/checkpoint.pt", weights_only=True)
-        assert state["progress"][0] == 9
+        assert state["step"] == 9
         assert signal.getsignal(signal.SIGINT) is before
         _, text = run(classifier, *flags, "--out", f"{root}/parts")
         assert "9 of 23 steps" in text
         a, b = (torch.load(f"{root}/{name}/checkpoint.pt", weights_only=True)
                 for name in ("whole", "parts"))
-        for key in ("net", "optimiser", "schedule", "random"):
+        for key in ("net", "optimiser", "schedule", "random", "order", "position"):
             assert same(a[key], b[key]), key
-        assert same(a["progress"][4:], b["progress"][4:])              # data order, average loss
+        assert same(a["log"]["loss"], b["log"]["loss"])
         # Finished: started again, it only says its result, and trains nothing.
-        monkey(classifier, "training_step", None)
+        monkey(torch.nn.utils, "clip_grad_norm_", None)
         first, second = (run(classifier, *flags, "--out", f"{root}/{name}")[0]
                          for name in ("whole", "parts"))
         third, _ = run(classifier, "eval", "--data", "shapes", "--out", f"{root}/whole")
@@ -572,13 +671,13 @@ def test_killed_process_resumes():
             time.sleep(0.02)
         process.send_signal(getattr(signal, "SIGKILL", signal.SIGTERM))
         process.wait()
-        step = torch.load(path, weights_only=True)["progress"][0]
+        step = torch.load(path, weights_only=True)["step"]
         assert 0 < step < 60
         with patched() as monkey:
             small_shapes(classifier, monkey, train=1000, test=100)
             _, text = run(classifier, *flags)
         assert f"{step} of 60 steps" in text
-        assert torch.load(path, weights_only=True)["progress"][0] == 60
+        assert torch.load(path, weights_only=True)["step"] == 60
 
 
 def test_learns_shapes():
@@ -637,14 +736,15 @@ def test_not_finite_stops():
     """A loss that is not finite stops the run with advice and keeps the last good checkpoint."""
     with patched() as monkey, tempfile.TemporaryDirectory() as out:
         small_shapes(classifier, monkey)
-        step, calls = classifier.training_step, []
-        def breaking(net, *rest):
-            calls.append(1)
-            if len(calls) == 13:
-                with torch.no_grad():
-                    net.head[0].weight.fill_(float("nan"))
-            return step(net, *rest)
-        monkey(classifier, "training_step", breaking)
+        cross_entropy, calls = F.cross_entropy, []
+        def breaking(logits, y, **kwargs):
+            loss = cross_entropy(logits, y, **kwargs)
+            if logits.requires_grad:
+                calls.append(1)
+                if len(calls) == 13:
+                    loss = loss * float("nan")
+            return loss
+        monkey(F, "cross_entropy", breaking)
         flags = [*TINY[:-1], "10", "--steps", 40, "--out", out]
         try:
             run(classifier, *flags)
@@ -653,7 +753,7 @@ def test_not_finite_stops():
         else:
             raise AssertionError("the run went on with nan")
         state = torch.load(f"{out}/checkpoint.pt", weights_only=True)
-        assert state["progress"][0] == 10 and torch.isfinite(state["net"]["head.0.weight"]).all()
+        assert state["step"] == 10 and torch.isfinite(state["net"]["head.0.weight"]).all()
 
 
 def test_bad_input():
@@ -666,9 +766,9 @@ def test_bad_input():
                 (["--steps", 0], "--steps 0"), (["--steps", -3], "--steps -3"),
                 (["--steps", "many"], "--steps"), (["--step=5"], "--step=5"),
                 (["--max-lr", "nan"], "--max-lr nan"), (["--layers", 7], "--layers 7"),
-                (["--batch-size", 601], "--batch-size > 600"), (["--block", "bert"], "bert"),
+                (["--batch-size", 601], "--batch-size 601: there are 600"), (["--block", "bert"], "bert"),
                 (["--width", 88], "parameters, not under 100,000"), (["--no-such"], "no-such"),
-                (["--width", 20], "multiple of 8"), (["--holdout", 150], "150"),
+                (["--width", 18], "multiple of 4"), (["--holdout", 150], "150"),
                 (["dance"], "dance"),
                 *([(["--device", "cuda"], "cuda")] if not torch.cuda.is_available() else []),
                 *([(["--device", "mps"], "mps")] if not torch.backends.mps.is_available() else [])]:
@@ -699,13 +799,93 @@ def test_bad_input():
         assert "can't use" in message
 
 
+def test_damaged_checkpoint():
+    """One changed byte in any tensor is noticed; so is a tensor of another shape."""
+    for module, flags in (classifier, TINY), (diffusion, SMALL):
+        with patched() as monkey, tempfile.TemporaryDirectory() as out:
+            small_shapes(module, monkey)
+            for mode in ("show_results", "report", "draw_predictions"):
+                if hasattr(module, mode):
+                    monkey(module, mode, lambda *args, **kwargs: "")
+            run(module, *flags, "--steps", 1, "--out", out)
+            path = Path(out, "checkpoint.pt")
+            good = path.read_bytes()
+            module.load_checkpoint(path)
+            with zipfile.ZipFile(path) as archive:
+                records = [info for info in archive.infolist() if "/data/" in info.filename]
+            assert len(records) > 30
+            for info in records:
+                bad = bytearray(good)
+                # A zip entry: 30 bytes, of which 26 to 29 give the lengths of a name and an extra.
+                header = info.header_offset
+                name, extra = np.frombuffer(good[header + 26:header + 30], "<u2").tolist()
+                bad[header + 30 + name + extra + info.file_size // 2] ^= 4
+                path.write_bytes(bad)
+                try:
+                    module.load_checkpoint(path)
+                except ValueError as error:
+                    assert "can't use" in str(error) and "\n" not in str(error)
+                else:
+                    raise AssertionError(f"{info.filename} was damaged, and accepted")
+
+
+def test_errors_are_exceptions():
+    """In a notebook a mistake is a ValueError or an OSError, never the end of the process."""
+    for module in (classifier, diffusion):
+        for wrong in (dict(steps=0), dict(steps=10**6), dict(device="tpu"), dict(max_lr=-1.0),
+                      dict(max_lr=float("nan")), dict(recipe="theirs")):
+            fails(ValueError, lambda: module.Settings(**wrong))
+        with tempfile.TemporaryDirectory() as out:
+            settings = module.Settings(data=out, out=out)
+            with patched() as monkey:
+                def no_net(*args, **kwargs):
+                    raise OSError("no route to host")
+                monkey(module.DATASET, "download", no_net)
+                fails(OSError, lambda: module.train(settings))
+            given = dict(data="shapes", out=out, steps=1)
+            large = module.choose_settings(**given, batch_size=30_000)
+            fails(ValueError, lambda: module.train(large))
+            wide = module.choose_settings(**given, width=104)
+            fails(AssertionError, lambda: module.train(wide))
+            fails(ValueError, lambda: module.load_checkpoint(Path(out, "none.pt")))
+
+
+def fails(kind, call):
+    """Fails unless call() raises an exception of that kind, with a text."""
+    try:
+        call()
+    except kind as error:
+        assert str(error)
+    else:
+        raise AssertionError(f"no {kind.__name__}")
+
+
 # ------------------------------------------------------------------------------------------------
 # diffusion.py: the mathematics
 # ------------------------------------------------------------------------------------------------
 
-SCHEDULES = {"cosine": (diffusion.cosine_schedule, diffusion.cosine_inverse),
-             "linear": (diffusion.linear_schedule, diffusion.linear_inverse),
-             "spliced": (diffusion.spliced_schedule, diffusion.spliced_inverse)}
+def cosine_inverse(log_snr):
+    """t of cosine_schedule: (atan(e^(-lambda/2)) - b) / a."""
+    b = math.atan(math.exp(-10))
+    a = math.pi / 2 - 2 * b
+    return (torch.atan(torch.exp(-log_snr / 2)) - b) / a
+
+
+def linear_inverse(log_snr):
+    """t of linear_schedule: sqrt((log(1 + e^-lambda) - 1e-4) / 10)."""
+    return ((F.softplus(-log_snr) - 1e-4).clamp(min=0) / 10).sqrt()
+
+
+def spliced_inverse(log_snr):
+    """t of spliced_schedule."""
+    early = cosine_inverse(log_snr)
+    late = linear_inverse(log_snr) + 0.31537545
+    return torch.where(early < 0.80074257, early, late) / 1.31537545
+
+
+SCHEDULES = {"cosine": (diffusion.cosine_schedule, cosine_inverse),
+             "linear": (diffusion.linear_schedule, linear_inverse),
+             "spliced": (diffusion.spliced_schedule, spliced_inverse)}
 
 
 def test_schedules():
@@ -746,23 +926,28 @@ def test_splice_joint():
 
 
 def test_equations_1_to_3():
+    """Eq. (1) and (2), their solution for picture and noise, and the three forms of Eq. (3), of
+    which the paper misprints the last: with its weight e^lambda - 1 they are not equal."""
     torch.manual_seed(0)
     x, noise, pred_v = torch.randn(3, 6, 3, 8, 8, dtype=torch.double)
     log_snr = torch.linspace(-6, 6, 6).double()
     alpha, sigma = diffusion.to_alpha_sigma(log_snr)
     torch.testing.assert_close((alpha ** 2 / sigma ** 2).log().flatten(), log_snr)
-    x_t, v = diffusion.add_noise(x, noise, alpha, sigma), diffusion.velocity(x, noise, alpha, sigma)
+    x_t = diffusion.add_noise(x, noise, alpha, sigma)
+    v = diffusion.velocity(x, noise, alpha, sigma)
     torch.testing.assert_close(x_t, alpha * x + sigma * noise)
     torch.testing.assert_close(v, alpha * noise - sigma * x)
-    x0, eps = diffusion.to_x0_and_noise(x_t, v, alpha, sigma)
+    x0, eps = diffusion.split(x_t, v, alpha, sigma)
     torch.testing.assert_close(x0, x)
     torch.testing.assert_close(eps, noise)
-    first, second, third = diffusion.three_losses(x, noise, pred_v, log_snr)
-    torch.testing.assert_close(first, (v - pred_v).square().mean((1, 2, 3)))
-    torch.testing.assert_close(second, first)
-    torch.testing.assert_close(third, first)
-    misprint = third / ((-log_snr).exp() + 1) * (log_snr.exp() - 1)        # the paper's last weight
-    assert not torch.allclose(misprint, first)
+
+    pred_x0, pred_noise = diffusion.split(x_t, pred_v, alpha, sigma)
+    of_v = (v - pred_v).square().mean((1, 2, 3))
+    of_x0 = (x - pred_x0).square().mean((1, 2, 3))
+    of_noise = (noise - pred_noise).square().mean((1, 2, 3))
+    torch.testing.assert_close((log_snr.exp() + 1) * of_x0, of_v)
+    torch.testing.assert_close(((-log_snr).exp() + 1) * of_noise, of_v)
+    assert not torch.allclose((log_snr.exp() - 1) * of_noise, of_v)
 
 
 def test_guidance():
@@ -782,9 +967,9 @@ def test_guidance():
 
 def test_clipping():
     x = torch.randn(2, 3, 32, 32) * torch.tensor([0.2, 5.0]).view(2, 1, 1, 1)
-    assert torch.equal(diffusion.clip_x0(x, "none"), x)
-    assert torch.equal(diffusion.clip_x0(x, "static"), x.clamp(-1, 1))
-    y = diffusion.clip_x0(x, "dynamic")
+    assert torch.equal(diffusion.clip_picture(x, "none"), x)
+    assert torch.equal(diffusion.clip_picture(x, "static"), x.clamp(-1, 1))
+    y = diffusion.clip_picture(x, "dynamic")
     assert torch.equal(y[0], x[0])                                     # in range: left as it was
     s = np.quantile(x[1].abs().numpy(), 0.995)
     torch.testing.assert_close(y[1], x[1].clamp(-s, s) / s, atol=1e-5, rtol=1e-5)
@@ -826,7 +1011,7 @@ def test_sampler_on_gaussian():
         for steps in (3, 10):
             x = torch.randn(count, 1, 1, 1, dtype=torch.double)
             log_snr = diffusion.cosine_schedule(torch.linspace(1, 0, steps + 1)[:-1].double())
-            x = diffusion.sample(gaussian_model(mean, std), x, log_snr, eta, "none")
+            x = diffusion.ddim_sample(gaussian_model(mean, std), x, log_snr, eta, "none")
             m, var = gaussian_result(mean, std, steps, eta)
             error = (var / count).sqrt()
             assert abs(x.mean() - m) < 4.5 * error, (eta, steps)
@@ -835,7 +1020,7 @@ def test_sampler_on_gaussian():
     log_snr, eta = torch.tensor([-2.0, 0.5]).double(), 0.7
     alpha, sigma = (scale.flatten() for scale in diffusion.to_alpha_sigma(log_snr))
     model, x = gaussian_model(mean, std), torch.tensor([0.8]).double().view(1, 1, 1, 1)
-    got = diffusion.sample(model, x, log_snr, eta, "none", draw=lambda x: 0 * x + 1.3)
+    got = diffusion.ddim_sample(model, x, log_snr, eta, "none", draw_noise=lambda x: 0 * x + 1.3)
     v = model(x, log_snr[:1])
     x0, eps = alpha[0] * x - sigma[0] * v, sigma[0] * x + alpha[0] * v
     fresh = eta ** 2 * (sigma[1] / sigma[0]) ** 2 * (1 - (alpha[0] / alpha[1]) ** 2)
@@ -845,8 +1030,8 @@ def test_sampler_on_gaussian():
     x, errors = torch.linspace(-2, 2, 9).double().view(-1, 1, 1, 1), []
     for steps in (20, 40, 80):
         log_snr = diffusion.cosine_schedule(torch.linspace(1, 0, steps + 1)[:-1].double())
-        y = diffusion.sample(gaussian_model(mean, std), x, log_snr, 0.0, "none")
-        assert torch.equal(y, diffusion.sample(gaussian_model(mean, std), x, log_snr, 0.0, "none"))
+        y = diffusion.ddim_sample(gaussian_model(mean, std), x, log_snr, 0.0, "none")
+        assert torch.equal(y, diffusion.ddim_sample(gaussian_model(mean, std), x, log_snr, 0.0, "none"))
         errors.append((y - mean - std * x).abs().max().item())
     assert 1.6 < errors[0] / errors[1] < 2.4 and 1.6 < errors[1] / errors[2] < 2.4, errors
 
@@ -884,15 +1069,22 @@ def test_timesteps():
     for how in ("sobol", "independent"):
         with patched() as monkey, tempfile.TemporaryDirectory() as out:
             small_shapes(diffusion, monkey)
-            step, seen[how] = diffusion.training_step, []
-            def spy(net, optimiser, x, y, t, *rest):
-                seen[how].append((y.clone(), t.clone()))
-                return step(net, optimiser, x, y, t, *rest)
-            monkey(diffusion, "training_step", spy)
-            for mode in ("run_sample", "run_interpolate", "run_neighbours", "draw_demo"):
-                monkey(diffusion, mode, lambda *args: None)
+            seen[how] = []
+            schedule, noise = diffusion.to_log_snr, diffusion.add_noise
+            times, pictures = [], []
+            def spy_t(t, name):
+                times.append(t.clone())
+                return schedule(t, name)
+            def spy_x(x, *rest):
+                pictures.append(x.clone())
+                return noise(x, *rest)
+            monkey(diffusion, "to_log_snr", spy_t)
+            monkey(diffusion, "add_noise", spy_x)
+            monkey(diffusion, "show_results", lambda *args: None)
+            monkey(diffusion, "validate", lambda *args: dict(val_loss=0.0, **{f"bin{i}": 0.0 for i in range(5)}))
             run(diffusion, "--data", "shapes", "--width", 8, "--steps", 4, "--batch-size", 64,
                 "--timesteps", how, "--out", out)
+            seen[how] = list(zip(pictures, times))
             assert "timesteps" in refused(diffusion, "--data", "shapes", "--width", 8, "--steps", 4,
                                           "--batch-size", 64, "--timesteps",
                                           "sobol" if how == "independent" else "independent",
@@ -942,9 +1134,8 @@ def test_unet_budget():
     net = diffusion.UNet()
     count = sum(p.numel() for p in net.parameters())
     assert 900_000 < count < 1_000_000
-    table = diffusion.parameter_table(net)
-    counts = {line.split()[0]: int(line.split()[1].replace(",", "")) for line in table.splitlines()}
-    assert counts.pop("total") == count == sum(counts.values())
+    check_table(diffusion.parameter_table(net), count)
+    assert f"{count:,} parameters" in diffusion.__doc__
     assert not any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in net.modules())
     # "Mostly depthwise-separable": of the 3x3 convolutions, most work on each channel by itself.
     convolutions = [m for m in net.modules() if isinstance(m, torch.nn.Conv2d)]
@@ -955,22 +1146,14 @@ def test_unet_budget():
         conv = [m for m in small.inject1.modules() if isinstance(m, torch.nn.Conv2d)][0]
         assert conv.groups == groups
     # Without --width, the largest that fits; modulation costs parameters, so without it more does.
-    here = diffusion.Run(torch.device("cpu"), False, None, diffusion.Data(*4 * [None], range(100), 0),
-                         None)
     for modulate, width in ("on", 48), ("off", 56):
-        net = diffusion.make_network(diffusion.Settings(modulate=modulate), here)
+        net = diffusion.build_network(diffusion.Settings(modulate=modulate), classes=100)
         assert net.stem.out_channels == width
-        try:
-            diffusion.UNet(width=width + 8, modulate=modulate == "on")
-        except AssertionError:
-            continue
-        raise AssertionError(f"{width + 8} fits too")
-    try:
-        diffusion.UNet(width=72)
-    except AssertionError as error:
-        assert "parameters, not under 1,000,000" in str(error)
-    else:
-        raise AssertionError("a network over the budget was built")
+        wider = diffusion.UNet(width=width + 8, modulate=modulate == "on")
+        assert sum(p.numel() for p in wider.parameters()) >= 1_000_000
+    assert diffusion.MAX_PARAMETERS == 1_000_000 and diffusion.MAX_STEPS == 50_000
+    message = refused_in_small(diffusion, "--width", 72)
+    assert "parameters, not under 1,000,000" in message
 
 
 def test_modulation():
@@ -990,7 +1173,8 @@ def test_modulation():
     for on in (False, True):
         net = diffusion.UNet(width=8, modulate=on)
         blocks = [m for m in net.modules() if isinstance(m, diffusion.ResidualBlock)]
-        assert len(blocks) == 10 and all(bool(m.modulate) == on for m in blocks)
+        assert len(blocks) == 10
+        assert all((m.modulate is not None) == on for m in blocks)
         assert net(torch.randn(2, 3, 32, 32), torch.zeros(2), torch.tensor([3, 100])).shape[1] == 3
 
 
@@ -1022,26 +1206,26 @@ def test_unet_depends_on_all():
         torch.testing.assert_close(alone, y[2:3], atol=1e-4, rtol=1e-4)
 
 
-def test_sample_set():
+def test_generate():
     """The same whatever the batch, the seed decides, no two chunks alike, N need not be round."""
     net, labels = tiny_unet(), torch.arange(103) % 7
     how = dict(steps=3, guidance=1.0, seed=2)
     far = lambda a, b: (a.float() - b.float()).abs()
-    x = diffusion.sample_set(net, labels, batch=50, **how)
+    x = diffusion.generate(net, labels, batch=50, **how)
     assert x.shape == (103, 3, 32, 32) and x.dtype == torch.uint8
     # 1e-4 of the range is less than one of 255 levels, but it can tip the rounding.
-    assert far(diffusion.sample_set(net, labels, batch=200, **how), x).max() <= 1
-    assert far(diffusion.sample_set(net, labels[:60], batch=60, **how), x[:60]).max() <= 1
-    assert far(diffusion.sample_set(net, labels, **{**how, "seed": 3}), x).mean() > 5
+    assert far(diffusion.generate(net, labels, batch=200, **how), x).max() <= 1
+    assert far(diffusion.generate(net, labels[:60], batch=60, **how), x[:60]).max() <= 1
+    assert far(diffusion.generate(net, labels, **{**how, "seed": 3}), x).mean() > 5
     assert far(x[:50], x[50:100]).mean() > 5
 
 
 def test_no_guidance_without_dropped_labels():
     """Without dropped labels "no class" is an embedding that was never trained."""
-    run = diffusion.Run("cpu", False, None, None, None)
+    device = torch.device("cpu")
     for drop, w in ((0.1, 3.0), (0.0, 0.0)):
         settings = diffusion.Settings(label_drop=drop, guidance=3.0)
-        assert diffusion.sampling(settings, run)["guidance"] == w
+        assert diffusion.sampling_options(settings, device)["guidance"] == w
 
 
 def test_interpolation_ends():
@@ -1050,7 +1234,7 @@ def test_interpolation_ends():
     x = diffusion.interpolate(net, ends, labels, count=4, steps=3, guidance=2.0)
     x = x.view(3, 4, 3, 32, 32)
     for i, side in (0, 0), (1, 3):
-        plain = diffusion.sample_set(net, labels[i], start=ends[i], steps=3, guidance=2.0, eta=0.0)
+        plain = diffusion.generate(net, labels[i], start=ends[i], steps=3, guidance=2.0, eta=0.0)
         assert (x[:, side].float() - plain.float()).abs().max() <= 1
     assert (x[:, 1].float() - x[:, 0].float()).abs().mean() > 1
 
@@ -1160,7 +1344,7 @@ def test_diffusion_resume():
         # A grid in between must not disturb the run.
         run(diffusion, *flags, "--grid-every", 3, "--out", f"{root}/whole")
         with patched() as inner:
-            stop_at(diffusion, inner, "training_step", 8)
+            stop_at(diffusion, inner, "update_ema", 8)
             try:
                 run(diffusion, *flags, "--out", f"{root}/parts")
             except SystemExit as stop:
@@ -1171,39 +1355,36 @@ def test_diffusion_resume():
         assert "8 of 14 steps" in text
         a, b = (torch.load(f"{root}/{name}/checkpoint.pt", weights_only=True)
                 for name in ("whole", "parts"))
-        for key in ("net", "ema", "optimiser", "random"):
+        for key in ("net", "ema", "optimiser", "random", "order", "position"):
             assert same(a[key], b[key]), key
-        assert same(a["progress"][4:], b["progress"][4:])
+        assert same(a["log"]["loss"], b["log"]["loss"])
         assert not same(a["net"], a["ema"])
         for name in ("grid-000003.png", "grid-000014.png", "samples.png", "interpolations.png",
                      "neighbours.png", "loss.png"):
             assert (Path(root) / "whole" / name).stat().st_size > 500, name
         out = ["--data", "shapes", "--out", f"{root}/whole", "--sample-steps", 2]
-        x, _ = run(diffusion, "sample", *out, "--classes", "red circle,7", "--count", 5, "--eta", 0)
+        with patched() as inner:                        # samples need no data set, hence no download
+            inner(diffusion, "load_data", None)
+            run(diffusion, "interpolate", *out)
+            x, _ = run(diffusion, "sample", *out, "--classes", "red circle,7", "--count", 5,
+                       "--eta", 0)
         saved = np.load(f"{root}/whole/samples.npz")
         assert saved["labels"].tolist() == [0, 7, 0, 7, 0]
         assert np.array_equal(saved["samples"], x.permute(0, 2, 3, 1).numpy())
         with patched() as inner:            # what no flag says is as the training command said it
-            inner(diffusion, "run_sample", lambda settings, run, net: settings)
+            inner(diffusion, "sample_mode", lambda settings, net, names: settings)
             how, _ = run(diffusion, "sample", "--out", f"{root}/whole", "--eta", 0.5)
         assert (how.width, how.sample_steps, how.count, how.eta, how.classes) == (8, 2, 8, 0.5, "")
         assert "unicorn" in refused(diffusion, "sample", *out, "--classes", "unicorn")
         assert "100" in refused(diffusion, "sample", *out, "--classes", "100")
-        run(diffusion, "interpolate", *out)
         medians, _ = run(diffusion, "neighbours", *out, "--count", 8)
         assert all(median > 0 for median in medians)
         run(diffusion, "schedules", "--out", f"{root}/whole")
         # FID with a stand-in for the network; without one, the samples stay.
         none = ["--inception", f"{root}/none.pt"]
         monkey(torch.hub, "download_url_to_file", lambda *args: 1 / 0)     # no test downloads
-        text = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(text):
-                diffusion.main(["fid", *map(str, out), "--fid-count", "60", *none])
-            raise AssertionError("fid without its network ended well")
-        except SystemExit as stop:
-            assert stop.code == 1
-        assert diffusion.INCEPTION_SHA256 in text.getvalue() and "none.pt" in text.getvalue()
+        message = refused(diffusion, "fid", *out, "--fid-count", 60, *none)
+        assert diffusion.INCEPTION_SHA256 in message and "none.pt" in message
         assert np.load(f"{root}/whole/fid-samples.npz")["samples"].shape == (60, 32, 32, 3)
         monkey(diffusion, "load_inception", lambda path: StubInception())
         result, text = run(diffusion, "fid", *out, "--fid-count", 60)
@@ -1216,8 +1397,7 @@ def test_diffusion_learns():
     """After some steps the loss with true labels is below the loss with shuffled ones."""
     with patched() as monkey, tempfile.TemporaryDirectory() as out:
         small_shapes(diffusion, monkey, train=6000, test=400)
-        for mode in ("run_sample", "run_interpolate", "run_neighbours", "draw_demo"):
-            monkey(diffusion, mode, lambda *args: None)
+        monkey(diffusion, "show_results", lambda *args: None)
         loss, _ = run(diffusion, "--data", "shapes", "--width", 16, "--steps", 100,
                       "--max-lr", 5e-3, "--batch-size", 64, "--warm-up", 20, "--ema", 0.95, "--label-drop", 0,
                       "--out", out)
@@ -1239,10 +1419,10 @@ def test_diffusion_bad_input():
         out = f"{root}/run"
         for flags, words in [
                 (["--steps", 50_001], "--steps 50001"), (["--steps", 0], "--steps 0"),
-                (["--max-lr", "nan"], "nan"), (["--batch-size", 601], "--batch-size > 600"),
+                (["--max-lr", "nan"], "nan"), (["--batch-size", 601], "--batch-size 601: there are 600"),
                 (["--width", 72], "parameters, not under 1,000,000"),
                 (["--width", 20], "--width 20"), (["--eta", 2], "--eta 2"),
-                (["--classes", "rose"], "rose"), (["--clip", "hard"], "hard"),
+                (["--classes", "rose"], "rose"), (["--clip-x0", "hard"], "hard"),
                 (["sample"], "checkpoint.pt"), (["fly"], "fly"), (["--no-such"], "no-such")]:
             message = refused(diffusion, *flags, *SMALL[:2], "--out", out,
                               *([] if "--batch-size" in flags else ["--batch-size", 50]))
