@@ -43,7 +43,7 @@ the paper's design doesn't have (--recipe paper): see `modulate` in the settings
 
 Map. The sections 1 to 8 are the story; to understand the model read 2 (layers and U-Net), to
 understand diffusion 4 (noise), 5 (objective and training loop) and 7 (guidance and sampler);
-3 is the data, 6 the validation loss, 8 interpolation and grids. What follows the ruled line
+3 is the data, 6 the validation loss, 8 interpolation and grids. What follows the double line
 has nothing to do with learning: 9 neighbours, 10 FID, 11 modes, 12 log and pictures,
 13 checkpoints, 14 device, 15 drawn shapes, 16 command line.
 
@@ -119,16 +119,14 @@ class Settings:
     out: str = setting("", "folder to write to; empty: runs/diffusion-<data set>")
     seed: int = setting(0, "of training: weights, data order, noise", 0, 2**31)
 
-    # Where it runs. A device changes how numbers are rounded, and with them the last
-    # digits.
+    # Where it runs. A device changes how numbers are rounded, and with them the last digits.
     device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     compile: str = setting("auto", "training; auto: on CUDA", choices=("auto", "on", "off"))
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
     eval_every: int = setting(1000, "steps between validations; each saves", 1, MAX_STEPS)
     grid_every: int = setting(5000, "steps between grids of samples", 1, MAX_STEPS)
 
-    # How it is trained. Validation loss in the same time: 0.140 with rate 2e-3, 0.150
-    # with 1e-3.
+    # How it is trained. Validation loss in the same time: 0.140 with rate 2e-3, 0.150 with 1e-3.
     steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
     batch_size: int = setting(256, "pictures per step", 1, 65_536)
     max_lr: float = setting(2e-3, "peak learning rate, then a cosine to 0", 1e-8, 10.0)
@@ -184,8 +182,7 @@ FREE_TO_CHANGE = (
 ).split()
 
 # Defaults for drawn shapes: a small network, minutes on a CPU. The linear schedule
-# dwells on high noise, where shapes form. Dynamic clipping would wash out bright
-# colours.
+# dwells on high noise, where shapes form. Dynamic clipping would wash out bright colours.
 SHAPES = dict(
     width=24,
     steps=1000,
@@ -416,8 +413,7 @@ class UNet(nn.Module):
         x1 = F.interpolate(self.join1(x2), scale_factor=2) + x1
         x1 = self.up1(x1, e)  # (B,a,32,32)
 
-        # The last layer is fp32 where the others are bf16: guidance amplifies rounding
-        # errors.
+        # The last layer is fp32 where the others are bf16: guidance amplifies rounding errors.
         with torch.autocast(x.device.type, enabled=False):
             return self.out(x1.float())  # (B,3,32,32)
 
@@ -440,8 +436,7 @@ def parameter_table(net):
 # --------------------------------------------------------------------------------------
 # 3. Data
 # --------------------------------------------------------------------------------------
-# The whole data set lies on the device, 150 MB as bytes. So a batch is an index: no
-# workers.
+# The whole data set lies on the device, 184 MB as bytes. So a batch is an index: no workers.
 
 
 class Data(NamedTuple):
@@ -609,8 +604,7 @@ def split(x_t, v, alpha, sigma):
 # The objective is Eq. (3), L = |v - v_hat|². By (1) and (2) it is also (e^lambda + 1)
 # |x - x_hat|² and (e^-lambda + 1) |noise - noise_hat|². The paper prints the last
 # weight as e^lambda - 1, a misprint: below lambda = 0 it would be negative. So on clean
-# pictures the loss weighs an error of the picture most, on noisy ones an error of the
-# noise.
+# pictures the loss weighs an error of the picture most, on noisy ones an error of the noise.
 
 
 def learning_rate(step, steps, peak, warm_up):
@@ -667,8 +661,7 @@ def train(settings, command="python diffusion.py"):
     random = torch.Generator(device).manual_seed(settings.seed)
     on_device = dict(generator=random, device=device)
 
-    # An epoch is one random order of the training pictures; `position` is how far we
-    # are.
+    # An epoch is one random order of the training pictures; `position` is how far we are.
     step = 0
     position = 0
     order = torch.randperm(len(data.train_y), **on_device)
@@ -693,14 +686,14 @@ def train(settings, command="python diffusion.py"):
     count = count_parameters(net)
     assert count < MAX_PARAMETERS, f"{count:,} parameters, not under {MAX_PARAMETERS:,}"
 
+    stopping = False
     log.start_clock(step)
-    with StopSignals() as stop:
-        while step < settings.steps and not stop.received:
+    with StopSignals() as stop:  # Ctrl-C lets the step end and saves: section 13
+        while step < settings.steps and not stopping:
             # The step budget [2.1].
             assert step < MAX_STEPS, f"all {MAX_STEPS:,} optimiser steps are spent"
 
-            # Choose pictures: the next ones in order. A last incomplete batch is
-            # dropped.
+            # Choose pictures: the next ones in order. A last incomplete batch is dropped.
             if position + settings.batch_size > len(order):
                 order = torch.randperm(len(order), **on_device)
                 position = 0
@@ -715,8 +708,7 @@ def train(settings, command="python diffusion.py"):
             x = random_flip(x, flip_draw)
             labels = y.masked_fill(label_draw < settings.label_drop, net.classes)
 
-            # Noise them, each to a level t of its own: Eq. (2). The target is v: Eq.
-            # (1).
+            # Noise them, each to a level t of its own: Eq. (2). The target is v: Eq. (1).
             noise = torch.randn(x.shape, **on_device)
             if settings.timesteps == "sobol":
                 t = sobol.draw(settings.batch_size)[:, 0].to(device, non_blocking=True)
@@ -746,17 +738,19 @@ def train(settings, command="python diffusion.py"):
             update_ema(ema_net, net, settings.ema, step)
             step += 1
 
-            # That was the algorithm; nothing in it waits for a GPU. Reading a number
-            # does, so the rest (sections 6, 8, 12 and 13) happens only now and then.
+            # That was the algorithm; it reads no number back from a GPU. Reading one waits for
+            # all that was launched, so the rest happens only now and then: sections 6, 8, 12
+            # and 13.
             log.add(step, loss.detach())
+            stopping = stop.received is not None
             validating = step % settings.eval_every == 0 or step == settings.steps
             drawing = step % settings.grid_every == 0 and step < settings.steps
-            if step % settings.log_every == 0 or validating or drawing or stop.received:
+            if step % settings.log_every == 0 or validating or drawing or stopping:
                 log.stop_clock(step, rate, net)
                 if validating:
                     log.add_scores(validate(ema_net, data, settings.schedule, bf16))
                 log.show(validating)
-                if validating or stop.received:
+                if validating or stopping:
                     log.write_files()
                     progress = dict(step=step, position=position, order=order)
                     progress.update(random=random.get_state(), device=device.type)
@@ -765,7 +759,7 @@ def train(settings, command="python diffusion.py"):
                     save_class_grid(settings, ema_net, data.names, step)
                 log.start_clock(step)
 
-    if stop.received:
+    if stopping:
         stop.explain(step, path, command)
     log.summarise(step)
     show_results(settings, ema_net, data, step)
@@ -895,8 +889,7 @@ def ddim_sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.ra
         if i + 1 == len(log_snrs):
             break
 
-        # The noise anew, as clipping has changed the picture: both must still make up
-        # x_t.
+        # The noise anew, as clipping has changed the picture: both must still make up x_t.
         pred_noise = (x - alpha * pred_x0) / sigma
 
         # Of the next noise, this much variance is fresh. With eta = 1 the step is
@@ -1084,8 +1077,7 @@ def nearest_neighbours(queries, pictures, k=1, chunk=250):
         index = torch.minimum(plain, mirrored).topk(k, largest=False).indices  # (q,k)
         mirror = (mirrored < plain).gather(1, index)
 
-        # cdist multiplies matrices, which cancels badly for near copies: measure these
-        # again.
+        # cdist multiplies matrices, which cancels badly for near copies: measure these again.
         near = torch.where(mirror[..., None, None, None], flipped[index], pictures[index])
         error = near.float() - some[:, None].float()  # (q,k,3,H,W)
         found.append((error.flatten(2).norm(dim=2), index, mirror))
@@ -1187,8 +1179,7 @@ class Progress:
 
 def sampling_options(settings, device):
     """What generate takes from the settings, as keywords."""
-    # Where no label was ever dropped, "no class" was not learned: guidance would add
-    # noise.
+    # Where no label was ever dropped, "no class" was not learned: guidance would add noise.
     guidance = settings.guidance if settings.label_drop > 0 else 0.0
     schedule = settings.sample_schedule
     if schedule == "same":
@@ -1566,8 +1557,7 @@ def save_checkpoint(path, settings, data, parts, progress):
         checksum=data.checksum,
     )
 
-    # First beside it, then renamed: `path` is always a whole file, the old or the new
-    # one.
+    # First beside it, then renamed: `path` is always a whole file, the old or the new one.
     beside = path.with_suffix(".tmp")
     torch.save(state, beside)
     os.replace(beside, path)
@@ -1581,8 +1571,7 @@ def load_checkpoint(path, settings=None, checksum=None):
     others.
     """
     try:
-        # torch writes a zip file with a checksum for each tensor, but doesn't look at
-        # them.
+        # torch writes a zip file with a checksum for each tensor, but doesn't look at them.
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged:
