@@ -19,8 +19,9 @@ budget, the first command, is meant for a GPU and has not been run yet. README.m
 and the pictures; FID-1280, where comments name it, is explained in .github/experiments.md.
 
 A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
-on where it stopped. The modes below `train` take all settings that no flag gives from the
-checkpoint (after shapes, say --data shapes again).
+on where it stopped. sample, interpolate, neighbours and fid take every setting
+that no flag gives, but device and classes, from the checkpoint (after shapes, say --data
+shapes again).
 
 The network predicts the velocity v of a noised picture. Widths a, b, c = 48, 96,
 144, 960,755 parameters:
@@ -536,7 +537,7 @@ def cosine_schedule(t):
     a = math.pi / 2 - 2 * b
 
     # tan(x) = sin(x) / sin(pi/2 - x), and as a + 2b = pi/2, pi/2 - (a t + b) = a (1 -
-    # t) + b. Two sines are exact in fp32 near t = 1 too, where the tangent is not.
+    # t) + b. Two sines are accurate in fp32 near t = 1 too, where the tangent is not.
     return 2 * (torch.sin(a * (1 - t) + b).log() - torch.sin(a * t + b).log())
 
 
@@ -552,8 +553,8 @@ def spliced_schedule(t):
     At t = 0.80074257 the cosine schedule has the value (-2.256) and very nearly the
     slope per t of the linear one at 0.48536712; both constants are Crowson's [4]. So
     the two are joined there, and t is stretched such that it still goes from 0 to 1:
-    the joint lies at t = 0.609. Value and slope agree to 5e-4, as her cosine has
-    infinite ends.
+    the joint lies at t = 0.609. Value and slope agree to 2 parts in 10,000
+    and not better, as her cosine has infinite ends.
     """
     shift = 0.80074257 - 0.48536712
     u = (1 + shift) * t
@@ -603,14 +604,14 @@ def split(x_t, v, alpha, sigma):
 # --------------------------------------------------------------------------------------
 # The objective is Eq. (3), L = |v - v_hat|². By (1) and (2) it is also (e^lambda + 1)
 # |x - x_hat|² and (e^-lambda + 1) |noise - noise_hat|². The paper prints the last
-# weight as e^lambda - 1, a misprint: below lambda = 0 it would be negative. So on clean
-# pictures the loss weighs an error of the picture most, on noisy ones an error of the noise.
+# weight as e^lambda - 1, a misprint: below lambda = 0 it would be negative. An error
+# of the picture weighs most on clean pictures, an error of the noise on noisy ones.
 
 
 def learning_rate(step, steps, peak, warm_up):
     """Rate of update number `step` (from 0): a cosine from `peak` to 0 over all
-    `steps`, times a ramp from 0 to 1 over the first `warm_up` (our choice). So it ends
-    just below the peak."""
+    `steps`, times a ramp from 0 to 1 over the first `warm_up` (our choice). When the ramp ends,
+    the rate is just below the peak."""
     ramp = min(1, (step + 1) / warm_up)
     return peak * ramp * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
@@ -652,8 +653,8 @@ def train(settings, command="python diffusion.py"):
 
     # Low-discrepancy t [2.2]: each draw falls into a gap that the earlier ones left, so
     # a batch covers [0,1] evenly and the loss estimate varies less. In a batch of 2^n,
-    # place i always gets its t from the same 2^n-th of [0,1], so nothing else may
-    # depend on the place: the pictures come in random order.
+    # place i gets its t from nearly the same part of [0,1] each time, so nothing else
+    # may depend on the place: the pictures come in random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
 
     # All other chance comes from one generator on the device; sampling has its own, so
@@ -872,7 +873,7 @@ def ddim_sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.ra
     predicted x_0.
 
     model(x_t, log_snr (B,)) gives v; log_snrs (S,) rises, and the model is called once
-    for each. eta is the share of fresh noise: 1 is DDPM, 0 is DDIM, without chance.
+    for each. eta scales the fresh noise: 1 adds what DDPM adds, 0 (DDIM) adds none.
     draw_noise(x) gives noise in the shape of x.
     """
     alphas, sigmas = to_alpha_sigma(log_snrs)
@@ -925,7 +926,7 @@ class SampleNoise:
             generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
             self.generators.append(generator)
 
-    def __call__(self, x=None):
+    def __call__(self, x=None):  # x is ignored: ddim_sample gives it
         shape = (NOISE_CHUNK, 3, 32, 32)
         chunks = []
         for generator in self.generators:

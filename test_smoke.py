@@ -178,6 +178,16 @@ def test_readme_flags_exist():
                 assert flag in known | {"help"}, f"{name}: {script} has no --{flag}"
 
 
+def test_readme_links():
+    """Each link of the README into a script leads to the section that it names."""
+    readme = (HERE / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\[(\d+) ([^\]]+)\]\((\w+\.py)#L(\d+)\)", readme)
+    assert len(links) == 12 + 16
+    for number, title, script, line in links:
+        lines = (HERE / script).read_text(encoding="utf-8").splitlines()
+        assert lines[int(line) - 1] == f"# {number}. {title}", (script, number, title)
+
+
 def test_header_and_top_level():
     for script in SCRIPTS:
         text = (HERE / script).read_text(encoding="utf-8")
