@@ -87,8 +87,8 @@ def setting(default, help, low=None, high=None, choices=None):
 
 @dataclasses.dataclass
 class Settings:
-    """All settings; each is a flag of the command line too. Raises ValueError, as a
-    sentence, for a value that its field does not allow.
+    """All settings; each is a flag of the command line too. Raises ValueError, with a
+    readable message, for a value that its field does not allow.
 
     The defaults are the paper's design but for `stem`. The paper's optimal values are
     "in the provided implementation" [1.2.2], which is not public. So all numbers but
@@ -178,8 +178,8 @@ def depthwise_separable(c_in, c_out, filters=1, strided=False, activation=nn.SiL
     kernel = 4 if strided else 3
     stride = 2 if strided else 1
 
-    # groups=c_in: each channel has `filters` filters of its own. No biases: BatchNorm would
-    # subtract them again.
+    # groups=c_in: each channel has `filters` filters of its own. No biases: BatchNorm
+    # would subtract them again.
     space = nn.Conv2d(c_in, c_mid, kernel, stride, padding=1, groups=c_in, bias=False)
     features = nn.Conv2d(c_mid, c_out, kernel_size=1, bias=False)
 
@@ -371,6 +371,7 @@ class Classifier(nn.Module):
         x = x + self.positions.to(x.dtype)
 
         for i in range(self.layers):
+            # Tied weights: there is one layer, number 0, each time.
             x = self.encoder[i % len(self.encoder)](x)  # (B,64,D)
 
         # The mean over the tokens is our choice.
@@ -464,6 +465,8 @@ def held_out(y, per_class):
     mask = torch.zeros(len(y), dtype=torch.bool)
     for label in y.unique():
         members = order[y[order] == label]
+        if len(members) < per_class:
+            raise ValueError(f"--holdout: a class has no {per_class} pictures")
         mask[members[:per_class]] = True
     return mask
 
@@ -587,7 +590,7 @@ def random_crop_and_flip(x, pad=4):
     padded = F.pad(x, (pad, pad, pad, pad))
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B,3,2pad+1,2pad+1,H,W)
     pictures = torch.arange(len(x), device=x.device)
-    x = windows[pictures, :, top, left]  # (B,3,H,W)
+    x = windows[pictures, :, top, left]  # one (top, left) per picture: (B,3,H,W)
 
     return torch.where(flip[:, None, None, None], x.flip(-1), x)
 
@@ -670,10 +673,10 @@ def make_schedule(optimiser, max_lr, steps):
 def train(settings, command="python classifier.py"):
     """Train [1.2.2], or resume a run that was stopped; returns the result as text.
 
-    Writes into settings.folder(). Raises ValueError or OSError, as a sentence, for
-    settings, data, a folder or a checkpoint that can't be used, and if the loss is no
-    longer finite; AssertionError if a budget is exceeded; Stopped after a signal, when
-    all is saved. `command` is printed then, as what resumes the run.
+    Writes into settings.folder(). Raises ValueError or OSError, with a readable
+    message, for settings, data, a folder or a checkpoint that can't be used, and if the
+    loss is no longer finite; AssertionError if a budget is exceeded; Stopped after a
+    signal, when all is saved. `command` is printed then, as what resumes the run.
     """
     device, bf16, out = set_up(settings)
     data = load_data(settings.data, settings.holdout, device)
@@ -696,13 +699,14 @@ def train(settings, command="python classifier.py"):
     log = TrainingLog(out, settings.steps, settings.batch_size, device)
     parts = dict(net=net, optimiser=optimiser, schedule=schedule, log=log)
     if path.exists():
+        print(f"resuming from {path}")
         state = load_checkpoint(path, settings, data.checksum)
         restore(parts, state)
         step = state["step"]
         position = state["position"]
         order = state["order"].to(device)
         torch.set_rng_state(state["random"])
-    print(f"{path}: {step:,} of {settings.steps:,} steps done")
+    print(f"{step:,} of {settings.steps:,} steps done")
 
     # The parameter budget [1.1].
     print(f"parameters:\n{parameter_table(net)}")
@@ -752,8 +756,9 @@ def train(settings, command="python classifier.py"):
             schedule.step()
             step += 1
 
-            # That was the algorithm; it reads no number back from a GPU. Reading one waits for
-            # all that was launched, so the rest (sections 8 and 9) happens only now and then.
+            # That was the algorithm; it reads no number back from a GPU. Reading one
+            # waits for all that was launched, so the rest (sections 8 and 9) happens
+            # only now and then.
             log.add(step, loss.detach())
             stopping = stop.received is not None
             validating = step % settings.eval_every == 0 or step == settings.steps
@@ -773,7 +778,7 @@ def train(settings, command="python classifier.py"):
         stop.explain(step, path, command)
     log.summarise(step)
     result = report(net, data, settings, mean, std, bf16)
-    draw_predictions(out / "predictions.png", net, data, mean, std)
+    draw_predictions(out / "predictions.png", net, data, mean, std, bf16)
     print(result)
     return result
 
@@ -895,7 +900,7 @@ def evaluate_checkpoint(settings):
     print(f"{out / 'checkpoint.pt'}: {state['step']:,} of {settings.steps:,} steps done")
 
     result = report(net, data, settings, mean, std, bf16, with_test=True)
-    draw_predictions(out / "predictions.png", net, data, mean, std)
+    draw_predictions(out / "predictions.png", net, data, mean, std, bf16)
     print(result)
     return result
 
@@ -1134,7 +1139,7 @@ def plot(path, curves, title, x_axis, y_axis):
     image.resize((720, 450), Image.LANCZOS).save(path)
 
 
-def draw_predictions(path, net, data, mean, std, rows=5, columns=8):
+def draw_predictions(path, net, data, mean, std, bf16=False, rows=5, columns=8):
     """PNG of validation pictures, spread evenly over all; under each its true name, and
     under that the name `net` gives it, green if right, red if wrong."""
     chosen = torch.linspace(0, len(data.val_y) - 1, rows * columns).long()
@@ -1142,7 +1147,8 @@ def draw_predictions(path, net, data, mean, std, rows=5, columns=8):
     pictures = data.val_x[chosen]
     truths = data.val_y[chosen].tolist()
     net.eval()
-    with torch.no_grad():
+    device = pictures.device.type
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
         guesses = net(normalise(pictures, mean, std)).argmax(dim=1).tolist()
 
     image = Image.new("RGB", (columns * 140, rows * 160), "white")
@@ -1185,9 +1191,9 @@ def save_checkpoint(path, settings, data, parts, progress):
 def load_checkpoint(path, settings=None, checksum=None):
     """The dict that save_checkpoint wrote, with its tensors on the CPU.
 
-    Raises ValueError, as a sentence, if the file is missing, damaged, or of another
-    program; and, if `settings` or a `checksum` are given, if the run was made with
-    others.
+    Raises ValueError, with a readable message, if the file is missing, damaged, or of
+    another program; and, if `settings` or a `checksum` are given, if the run was made
+    with others.
     """
     try:
         # torch writes a zip file with a checksum for each tensor, but doesn't look at them.
@@ -1220,7 +1226,7 @@ def unusable(path, error):
 
 def restore(parts, state):
     """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises
-    ValueError, as a sentence, where they don't fit."""
+    ValueError, with a readable message, where they don't fit."""
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
@@ -1299,8 +1305,8 @@ def supports_bf16(device):
 
 def set_up(settings):
     """What every mode begins with: (device, whether bf16 is used, folder to write to).
-    Raises ValueError or OSError, as a sentence, where the device or the folder can't be
-    had."""
+    Raises ValueError or OSError, with a readable message, where the device or the
+    folder can't be had."""
     device = choose_device(settings.device)
     bf16 = supports_bf16(device)
     out = make_folder(settings.folder())
@@ -1310,10 +1316,12 @@ def set_up(settings):
 
 def make_folder(path):
     """Make the folder and check that files can be written there: better to fail now
-    than after an hour. Returns it; raises OSError, as a sentence."""
+    than after an hour. Returns it; raises OSError, with a readable message."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "log.csv").open("a").close()
+        trial = path / "trial.tmp"
+        trial.write_text("")
+        trial.unlink()
     except OSError as error:
         raise OSError(
             f"--out {path} can't be written ({error.strerror}): choose another folder"
@@ -1452,8 +1460,8 @@ def draw_shapes(count, seed):
 
 
 def check_value(field, value):
-    """Raises ValueError, as a sentence, if a field of Settings may not have this
-    value."""
+    """Raises ValueError, with a readable message, if a field of Settings may not have
+    this value."""
     flag = "--" + field.name.replace("_", "-")
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
@@ -1488,8 +1496,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """(mode, dict of the settings that `argv` gives). Raises ValueError, as a
-    sentence."""
+    """(mode, dict of the settings that `argv` gives). Raises ValueError, with a
+    readable message."""
     parser = Parser(
         "classifier.py",
         description=__doc__.split("\n\n")[0],

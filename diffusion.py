@@ -108,8 +108,8 @@ def setting(default, help, low=None, high=None, choices=None):
 
 @dataclasses.dataclass
 class Settings:
-    """All settings; each is a flag of the command line too. Raises ValueError, as a
-    sentence, for a value that its field does not allow.
+    """All settings; each is a flag of the command line too. Raises ValueError, with a
+    readable message, for a value that its field does not allow.
 
     The defaults are the paper's design but for `modulate`; where it names no number,
     our choice.
@@ -168,6 +168,8 @@ class Settings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
+        if self.label_drop == 0 and self.guidance < 0:
+            raise ValueError("--guidance below 0 needs a --label-drop above 0")
 
     def folder(self):
         """The folder that a run with these settings writes to, as a Path."""
@@ -395,8 +397,8 @@ class UNet(nn.Module):
         return self.label(labels)
 
     def forward(self, x, log_snr, labels):
-        time = self.time(sinusoidal_embedding(log_snr))
-        e = F.silu(time + self.embed(labels))  # (B,E)
+        level = self.time(sinusoidal_embedding(log_snr))
+        e = F.silu(level + self.embed(labels))  # (B,E)
 
         # Down
         x1 = self.inject1(self.stem(x), e)
@@ -582,7 +584,12 @@ def to_alpha_sigma(log_snr):
 
 
 def velocity(x, noise, alpha, sigma):
-    """v = alpha * noise - sigma * x: Eq. (1) [30]."""
+    """v = alpha * noise - sigma * x: Eq. (1) [30].
+
+    Why v and not the noise: from a guess of the noise the picture can't be had where
+    all is noise, nor the noise from a guess of the picture where all is clean. From v
+    both can, at every level: see split.
+    """
     return alpha * noise - sigma * x
 
 
@@ -610,8 +617,8 @@ def split(x_t, v, alpha, sigma):
 
 def learning_rate(step, steps, peak, warm_up):
     """Rate of update number `step` (from 0): a cosine from `peak` to 0 over all
-    `steps`, times a ramp from 0 to 1 over the first `warm_up` (our choice). When the ramp ends,
-    the rate is just below the peak."""
+    `steps`, times a ramp from 0 to 1 over the first `warm_up` (our choice). When the
+    ramp ends, the rate is just below the peak."""
     ramp = min(1, (step + 1) / warm_up)
     return peak * ramp * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
@@ -630,10 +637,10 @@ def train(settings, command="python diffusion.py"):
     """Train [2.2], or resume a run that was stopped, then sample; returns the
     validation loss.
 
-    Writes into settings.folder(). Raises ValueError or OSError, as a sentence, for
-    settings, data, a folder or a checkpoint that can't be used, and if the loss is no
-    longer finite; AssertionError if a budget is exceeded; Stopped after a signal, when
-    all is saved. `command` is printed then, as what resumes the run.
+    Writes into settings.folder(). Raises ValueError or OSError, with a readable
+    message, for settings, data, a folder or a checkpoint that can't be used, and if the
+    loss is no longer finite; AssertionError if a budget is exceeded; Stopped after a
+    signal, when all is saved. `command` is printed then, as what resumes the run.
     """
     device, bf16, out = set_up(settings)
     data = load_data(settings.data, device)
@@ -651,10 +658,11 @@ def train(settings, command="python diffusion.py"):
     # (our choice).
     optimiser = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
 
-    # Low-discrepancy t [2.2]: each draw falls into a gap that the earlier ones left, so
-    # a batch covers [0,1] evenly and the loss estimate varies less. In a batch of 2^n,
-    # place i gets its t from nearly the same part of [0,1] each time, so nothing else
-    # may depend on the place: the pictures come in random order.
+    # Low-discrepancy t [2.2]: a Sobol sequence, of which each draw falls into a gap
+    # that the earlier ones left, so a batch covers [0,1] evenly and the loss estimate
+    # varies less. In a batch of 2^n, place i gets its t from nearly the same part of
+    # [0,1] each time, so nothing else may depend on the place: the pictures come in
+    # random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
 
     # All other chance comes from one generator on the device; sampling has its own, so
@@ -672,6 +680,7 @@ def train(settings, command="python diffusion.py"):
     log = TrainingLog(out, settings.steps, settings.batch_size, device)
     parts = dict(net=net, ema=ema_net, optimiser=optimiser, log=log)
     if path.exists():
+        print(f"resuming from {path}")
         state = load_checkpoint(path, settings, data.checksum)
         restore(parts, state)
         step = state["step"]
@@ -680,7 +689,7 @@ def train(settings, command="python diffusion.py"):
         sobol.fast_forward(step * settings.batch_size)
         if state["device"] == device.type:  # each kind of device has its own kind of generator
             random.set_state(state["random"])
-    print(f"{path}: {step:,} of {settings.steps:,} steps done")
+    print(f"{step:,} of {settings.steps:,} steps done")
 
     # The parameter budget [2.1].
     print(f"parameters:\n{parameter_table(net)}")
@@ -739,9 +748,9 @@ def train(settings, command="python diffusion.py"):
             update_ema(ema_net, net, settings.ema, step)
             step += 1
 
-            # That was the algorithm; it reads no number back from a GPU. Reading one waits for
-            # all that was launched, so the rest happens only now and then: sections 6, 8, 12
-            # and 13.
+            # That was the algorithm; it reads no number back from a GPU. Reading one
+            # waits for all that was launched, so the rest happens only now and then:
+            # sections 6, 8, 12 and 13.
             log.add(step, loss.detach())
             stopping = stop.received is not None
             validating = step % settings.eval_every == 0 or step == settings.steps
@@ -960,7 +969,7 @@ def generate(
     net.eval()
     device = labels.device
     t = torch.linspace(1, 0, steps + 1, device=device)[:-1]
-    log_snrs = to_log_snr(t, schedule)  # (steps,), from pure noise on
+    log_snrs = to_log_snr(t, schedule)  # (steps,), from pure noise; t = 0 needs no call
     batch = math.ceil(batch / NOISE_CHUNK) * NOISE_CHUNK
 
     pictures = []
@@ -987,17 +996,18 @@ def slerp(a, b, share):
     each row flattened whole. Between nearly parallel or opposite rows, where it would
     divide 0 by 0, a straight line.
     """
-    u = a.flatten(1)
-    v = b.flatten(1)
+    flat_a = a.flatten(1)
+    flat_b = b.flatten(1)
     share = share.view(-1, 1).to(a.dtype)
-    cosine = (F.normalize(u, dim=1) * F.normalize(v, dim=1)).sum(1, keepdim=True)
+    product = F.normalize(flat_a, dim=1) * F.normalize(flat_b, dim=1)
+    cosine = product.sum(1, keepdim=True)
     angle = cosine.clamp(-1, 1).acos()
 
     straight = angle.sin().abs() < 1e-3
     sine = angle.sin().where(~straight, torch.ones_like(angle))
-    left = torch.where(straight, 1 - share, ((1 - share) * angle).sin() / sine)
-    right = torch.where(straight, share, (share * angle).sin() / sine)
-    return (left * u + right * v).view_as(a)
+    weight_a = torch.where(straight, 1 - share, ((1 - share) * angle).sin() / sine)
+    weight_b = torch.where(straight, share, (share * angle).sin() / sine)
+    return (weight_a * flat_a + weight_b * flat_b).view_as(a)
 
 
 def interpolate(net, ends, labels, count=10, **options):
@@ -1370,7 +1380,7 @@ def show_results(settings, net, data, step):
 
 def open_network(settings):
     """(averaged network, class names) from the checkpoint in settings.folder(). Needs
-    no data set. Raises ValueError or OSError, as a sentence."""
+    no data set. Raises ValueError or OSError, with a readable message."""
     device, _, out = set_up(settings)
     path = out / "checkpoint.pt"
     state = load_checkpoint(path, settings)
@@ -1567,9 +1577,9 @@ def save_checkpoint(path, settings, data, parts, progress):
 def load_checkpoint(path, settings=None, checksum=None):
     """The dict that save_checkpoint wrote, with its tensors on the CPU.
 
-    Raises ValueError, as a sentence, if the file is missing, damaged, or of another
-    program; and, if `settings` or a `checksum` are given, if the run was made with
-    others.
+    Raises ValueError, with a readable message, if the file is missing, damaged, or of
+    another program; and, if `settings` or a `checksum` are given, if the run was made
+    with others.
     """
     try:
         # torch writes a zip file with a checksum for each tensor, but doesn't look at them.
@@ -1602,7 +1612,7 @@ def unusable(path, error):
 
 def restore(parts, state):
     """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises
-    ValueError, as a sentence, where they don't fit."""
+    ValueError, with a readable message, where they don't fit."""
     for name, part in parts.items():
         try:
             part.load_state_dict(state[name])
@@ -1681,8 +1691,8 @@ def supports_bf16(device):
 
 def set_up(settings):
     """What every mode begins with: (device, whether bf16 is used, folder to write to).
-    Raises ValueError or OSError, as a sentence, where the device or the folder can't be
-    had."""
+    Raises ValueError or OSError, with a readable message, where the device or the
+    folder can't be had."""
     device = choose_device(settings.device)
     bf16 = supports_bf16(device)
     out = make_folder(settings.folder())
@@ -1692,10 +1702,12 @@ def set_up(settings):
 
 def make_folder(path):
     """Make the folder and check that files can be written there: better to fail now
-    than after an hour. Returns it; raises OSError, as a sentence."""
+    than after an hour. Returns it; raises OSError, with a readable message."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / "log.csv").open("a").close()
+        trial = path / "trial.tmp"
+        trial.write_text("")
+        trial.unlink()
     except OSError as error:
         raise OSError(
             f"--out {path} can't be written ({error.strerror}): choose another folder"
@@ -1835,8 +1847,8 @@ def draw_shapes(count, seed):
 
 
 def check_value(field, value):
-    """Raises ValueError, as a sentence, if a field of Settings may not have this
-    value."""
+    """Raises ValueError, with a readable message, if a field of Settings may not have
+    this value."""
     flag = "--" + field.name.replace("_", "-")
     limits = field.metadata
     if limits["choices"] and value not in limits["choices"]:
@@ -1871,8 +1883,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """(mode, dict of the settings that `argv` gives). Raises ValueError, as a
-    sentence."""
+    """(mode, dict of the settings that `argv` gives). Raises ValueError, with a
+    readable message."""
     parser = Parser(
         "diffusion.py",
         description=__doc__.split("\n\n")[0],

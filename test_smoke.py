@@ -2059,6 +2059,43 @@ def check_fid_mode(monkey, out):
     assert counts == [30]
 
 
+def test_diffusion_step():
+    """What train() does beside forward and backward: it mirrors about half of the pictures, clips
+    the gradient, and averages the weights with the decay asked for."""
+    most, decays, mirrored = [], [], []
+    clip = torch.nn.utils.clip_grad_norm_
+    update = diffusion.update_ema
+    flip = diffusion.random_flip
+
+    def noting_clip(parameters, norm):
+        most.append(norm)
+        return clip(parameters, norm)
+
+    def noting_update(ema_net, net, decay, step):
+        decays.append(decay)
+        update(ema_net, net, decay, step)
+
+    def noting_flip(x, draw):
+        result = flip(x, draw)
+        changed = (result != x).flatten(1).any(dim=1)
+        assert torch.equal(result[changed], x[changed].flip(-1))
+        mirrored.append(changed.float().mean().item())
+        return result
+
+    with patched() as monkey, tempfile.TemporaryDirectory() as out:
+        small_shapes(diffusion, monkey)
+        monkey(torch.nn.utils, "clip_grad_norm_", noting_clip)
+        monkey(diffusion, "update_ema", noting_update)
+        monkey(diffusion, "random_flip", noting_flip)
+        monkey(diffusion, "show_results", nothing)
+        flags = ["--steps", 4, "--clip-norm", 0.3, "--ema", 0.77, "--out", out]
+        run(diffusion, *SMALL, *flags)
+    assert most == [0.3] * 4
+    assert decays == [0.77] * 4
+    assert len(mirrored) == 4
+    assert 0.3 < sum(mirrored) / 4 < 0.7
+
+
 def test_diffusion_learns():
     """After some steps the loss with true labels is below the loss with shuffled ones,
     and far below that of a network that says zero, 0.75 here."""
