@@ -124,15 +124,15 @@ class Settings:
     block: str = setting("llama", "kind of encoder layer", choices=("llama", "gpt2"))
     activation: str = setting("silu", "in all layers", choices=("silu", "gelu", "relu"))
     layers: int = setting(4, "how often the encoder layer is applied", 0, 6)
-    weights: str = setting("tied", "of the encoder layers", choices=("tied", "untied"))
-    positions: str = setting("fourier", "of tokens", choices=("fourier", "learned", "none"))
+    weights: str = setting("tied", "of encoder layers", choices=("tied", "untied"))
+    positions: str = setting("fourier", "position codes", choices=("fourier", "learned", "none"))
     downsample: str = setting("max-pool", "how to shrink", choices=("max-pool", "strided"))
     width: int = setting(0, "channels D; 0: as many as the budget allows", 0, 4096)
 
     # Beyond the paper, and on by default because it helped: x + f(x) in the last two
     # convolutions reached 31.7 % of 5,000 held-out pictures, f(x) alone 26.5 % (600
     # steps of 128, seed 0).
-    stem: str = setting("residual", "last two convolutions", choices=("residual", "plain"))
+    stem: str = setting("residual", "convolutions at 8x8", choices=("residual", "plain"))
     recipe: str = setting("ours", "paper: nothing beyond the paper", choices=("ours", "paper"))
 
     def __post_init__(self):

@@ -122,7 +122,7 @@ class Settings:
 
     # Where it runs. A device changes how numbers are rounded, and with them the last digits.
     device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
-    compile: str = setting("auto", "training; auto: on CUDA", choices=("auto", "on", "off"))
+    compile: str = setting("auto", "torch.compile; auto: CUDA", choices=("auto", "on", "off"))
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
     eval_every: int = setting(1000, "steps between validations; each saves", 1, MAX_STEPS)
     grid_every: int = setting(5000, "steps between grids of samples", 1, MAX_STEPS)
@@ -140,7 +140,7 @@ class Settings:
 
     # The network.
     width: int = setting(0, "channels at 32x32; 0: as many as the budget allows", 0, 4096)
-    after_injection: str = setting("regular", "filters", choices=("regular", "separable"))
+    after_injection: str = setting("regular", "its conv", choices=("regular", "separable"))
 
     # Beyond the paper, and on by default because it helped: validation loss 0.140 with
     # it, 0.147 without it at the width that then fits (840 s of one CPU core, batch 64,
@@ -149,7 +149,7 @@ class Settings:
     recipe: str = setting("ours", "paper: nothing beyond the paper", choices=("ours", "paper"))
 
     # From here on: of sampling only, so free to differ from one command to the next.
-    sample_schedule: str = setting("same", "of sampling", choices=("same", *SCHEDULES))
+    sample_schedule: str = setting("same", "when sampling", choices=("same", *SCHEDULES))
     sample_steps: int = setting(100, "denoising steps per sample", 1, 10_000)
     eta: float = setting(1.0, "fresh noise per step; 1: DDPM, 0: DDIM", 0.0, 1.0)
 
@@ -157,7 +157,7 @@ class Settings:
     # (see .github/experiments.md) of 2,000 samples 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w
     # = 0, 0.25, 0.5, 1, 2, 3.
     guidance: float = setting(3.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
-    clip_x0: str = setting("dynamic", "of pictures", choices=("none", "static", "dynamic"))
+    clip_x0: str = setting("dynamic", "how x0 is cut", choices=("none", "static", "dynamic"))
     classes: str = setting("", "names or numbers to sample, by commas; empty: all, mixed")
     count: int = setting(64, "pictures to sample", 1, 1_000_000)
     sample_seed: int = setting(0, "of sampling: noise, classes", 0, 2**31)
