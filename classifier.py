@@ -31,8 +31,8 @@ The paper's Figure 1 with our widths (D = 80, 98,804 parameters; "x + depthwise"
 
 Map. The sections 1 to 6 are the story; to understand the model read 2 (layers and
 network), to understand how it learns 3 (data), 4 (objective and optimiser) and 5 (the
-training loop); 6 measures it. What follows the double line has nothing to do with learning:
-7 range test, 8 log and pictures, 9 checkpoints, 10 device, 11 drawn shapes, 12 command line.
+training loop); 6 measures it. What follows the double line is support: 7 range test, 8 log
+and pictures, 9 checkpoints, 10 device and width, 11 drawn shapes, 12 command line.
 
 Shapes in comments: B pictures, C channels, H x W pixels, T tokens of width D.
 Tags like [1.2.1] name the paper's section; `our choice` marks what the paper leaves open.
@@ -661,7 +661,8 @@ def make_schedule(optimiser, max_lr, steps):
     """OneCycle [1.2.2, 34]: up to the peak in 30 % of the steps, down to almost 0 in
     the rest, while Adam's first beta goes the other way. These are torch's defaults, so
     our choice."""
-    # torch's schedule sets the rate for the step after, so it wants one more than are taken.
+    # One step more than are taken: the schedule is asked for a rate after the last
+    # update too. So the last rate used is just above the lowest.
     return torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr, steps + 1)
 
 
@@ -906,7 +907,7 @@ def evaluate_checkpoint(settings):
 
 
 # ======================================================================================
-# The story ends here. What follows has nothing to do with learning.
+# The story ends here. What follows supports it, and can wait for a second reading.
 # ======================================================================================
 
 
@@ -1364,9 +1365,9 @@ def compile_network(net, how, example, bf16):
     """torch.compile `net` in place, so that its weights keep their names, if `how` asks
     for it.
 
-    Where torch.compile fails, it fails at the first call. So a copy goes first, there
-    and back, with a batch like training's; if it fails, one line says so and training
-    goes on without.
+    Where torch.compile fails, it fails at the first call. So a copy goes first, forward
+    and backward, with a batch like training's; if it fails, one line says so and
+    training goes on without.
     """
     device = example.device.type
     if how == "off" or (how == "auto" and device != "cuda"):
@@ -1488,7 +1489,7 @@ def choose_settings(**given):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for a command that can't be meant, instead of ending the
+    """Raises ValueError for a command that is not valid, instead of ending the
     process."""
 
     def error(self, message):

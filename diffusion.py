@@ -19,12 +19,12 @@ budget, the first command, is meant for a GPU and has not been run yet. README.m
 and the pictures; FID-1280, where comments name it, is explained in .github/experiments.md.
 
 A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
-on where it stopped. sample, interpolate, neighbours and fid take every setting
-that no flag gives, but device and classes, from the checkpoint (after shapes, say --data
-shapes again).
+on where it stopped. The modes sample, interpolate, neighbours and fid take every setting
+that no flag gives, but for device and classes, from the checkpoint (after shapes, say
+--data shapes again).
 
-The network predicts the velocity v of a noised picture. Widths a, b, c = 48, 96,
-144, 960,755 parameters:
+The network predicts the velocity v of a noised picture. It has 960,755 parameters; widths
+a, b, c = 48, 96, 144:
 
     noised picture (B,3,32,32) --conv--> (B,a,32,32)       log-SNR, class --> embedding (B,E)
     inject 1: + embedding, regular convolution    (B,a,32,32) <---------------------'  |
@@ -45,8 +45,8 @@ the paper's design doesn't have (--recipe paper): see `modulate` in the settings
 Map. The sections 1 to 8 are the story; to understand the model read 2 (layers and U-Net), to
 understand diffusion 4 (noise), 5 (objective and training loop) and 7 (guidance and sampler);
 3 is the data, 6 the validation loss, 8 interpolation and grids. What follows the double line
-has nothing to do with learning: 9 neighbours, 10 FID, 11 modes, 12 log and pictures,
-13 checkpoints, 14 device, 15 drawn shapes, 16 command line.
+is support: 9 neighbours, 10 FID, 11 modes, 12 log and pictures, 13 checkpoints, 14 device and
+width, 15 drawn shapes, 16 command line.
 
 Shapes in comments: B pictures, C channels, H x W pixels, E width of an embedding.
 Symbols: x a picture in [-1,1]; t in [0,1] the noise level, 0 clean and 1 pure noise; log_snr
@@ -332,11 +332,11 @@ class Injection(nn.Module):
 class UNet(nn.Module):
     """Velocity network [2.2, 28]: net(x_t, log_snr, labels) -> v (B,3,32,32).
 
-    x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), in which `classes` means
-    "no class", or class embeddings (B,E) as `embed` gives them; E is `e_width`. The
-    ladder is in this file's header; all widths and depths are our choice. `modulate`
-    goes beyond the paper: the embedding acts in every block, not at two points alone.
-    Raises ValueError if `width` is no multiple of 8.
+    x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), where the number
+    `classes` stands for "no class", or class embeddings (B,E) as `embed` gives them; E
+    is `e_width`. The ladder is in this file's header; all widths and depths are our
+    choice. `modulate` goes beyond the paper: the embedding acts in every block, not at
+    two points alone. Raises ValueError if `width` is no multiple of 8.
     """
 
     def __init__(
@@ -555,8 +555,8 @@ def spliced_schedule(t):
     At t = 0.80074257 the cosine schedule has the value (-2.256) and very nearly the
     slope per t of the linear one at 0.48536712; both constants are Crowson's [4]. So
     the two are joined there, and t is stretched such that it still goes from 0 to 1:
-    the joint lies at t = 0.609. Value and slope agree to 2 parts in 10,000
-    and not better, as her cosine has infinite ends.
+    the joint lies at t = 0.609. Value and slope agree to 2 parts in 10,000 and not
+    better, as her cosine has infinite ends.
     """
     shift = 0.80074257 - 0.48536712
     u = (1 + shift) * t
@@ -653,9 +653,8 @@ def train(settings, command="python diffusion.py"):
     y = data.train_y[: settings.batch_size]
     compile_network(net, settings.compile, (x, y.float(), y), bf16)
 
-    # Adam without weight decay, as in [11]: the averaged weights do the smoothing here.
-    # With a second beta of 0.99 Adam forgets large gradients sooner than with 0.999
-    # (our choice).
+    # With no weight decay AdamW is Adam, as in [11]. With a second beta of 0.99 it
+    # forgets large gradients sooner than with 0.999 (our choice).
     optimiser = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
 
     # Low-discrepancy t [2.2]: a Sobol sequence, of which each draw falls into a gap
@@ -729,14 +728,14 @@ def train(settings, command="python diffusion.py"):
             x_t = add_noise(x, noise, alpha, sigma)
             v = velocity(x, noise, alpha, sigma)
 
-            # Forward, in bf16 where the device has it.
+            # Forward, in bf16 on a GPU that has it.
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 pred_v = net(x_t, log_snr, labels)
 
             # Loss, in fp32: Eq. (3), as a mean over pictures and pixels.
             loss = (v - pred_v).square().mean()
 
-            # Backward: the gradient, cut to a length of at most clip_norm.
+            # Backward; the whole gradient is scaled down if its norm is above clip_norm.
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(net.parameters(), settings.clip_norm)
@@ -886,9 +885,12 @@ def ddim_sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.ra
     draw_noise(x) gives noise in the shape of x.
     """
     alphas, sigmas = to_alpha_sigma(log_snrs)
+    alphas = alphas.flatten()  # (S,)
+    sigmas = sigmas.flatten()
     for i, log_snr in enumerate(log_snrs):
         # Which picture and which noise make up x_t?
-        alpha, sigma = alphas[i, 0, 0, 0], sigmas[i, 0, 0, 0]
+        alpha = alphas[i]
+        sigma = sigmas[i]
         v = model(x, log_snr.expand(len(x)))
         pred_x0, _ = split(x, v, alpha, sigma)
         pred_x0 = clip_picture(pred_x0, clip)
@@ -904,14 +906,16 @@ def ddim_sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.ra
 
         # Of the next noise, this much variance is fresh. With eta = 1 the step is
         # DDPM's posterior: its mean given pred_x0, and its variance [11].
-        next_alpha, next_sigma = alphas[i + 1, 0, 0, 0], sigmas[i + 1, 0, 0, 0]
-        fresh = eta**2 * (next_sigma / sigma) ** 2 * (1 - (alpha / next_alpha) ** 2)
+        next_alpha = alphas[i + 1]
+        next_sigma = sigmas[i + 1]
+        share = 1 - (alpha / next_alpha) ** 2
+        fresh_variance = eta**2 * (next_sigma / sigma) ** 2 * share
 
-        # Mix both at the next noise level.
-        kept = (next_sigma**2 - fresh).clamp(min=0).sqrt()
-        x = next_alpha * pred_x0 + kept * pred_noise
+        # Mix both at the next noise level. (Rounding could make the difference negative.)
+        kept_scale = (next_sigma**2 - fresh_variance).clamp(min=0).sqrt()
+        x = next_alpha * pred_x0 + kept_scale * pred_noise
         if eta > 0:
-            x = x + fresh.sqrt() * draw_noise(x)
+            x = x + fresh_variance.sqrt() * draw_noise(x)
     return pred_x0
 
 
@@ -1057,7 +1061,7 @@ def save_class_grid(settings, net, names, step):
 
 
 # ======================================================================================
-# The story ends here. What follows has nothing to do with learning.
+# The story ends here. What follows supports it, and can wait for a second reading.
 # ======================================================================================
 
 
@@ -1751,9 +1755,9 @@ def compile_network(net, how, example, bf16):
     """torch.compile `net` in place, so that its weights keep their names, if `how` asks
     for it.
 
-    Where torch.compile fails, it fails at the first call. So a copy goes first, there
-    and back, with arguments like training's; if it fails, one line says so and training
-    goes on without.
+    Where torch.compile fails, it fails at the first call. So a copy goes first, forward
+    and backward, with arguments like training's; if it fails, one line says so and
+    training goes on without.
     """
     device = example[0].device.type
     if how == "off" or (how == "auto" and device != "cuda"):
@@ -1875,7 +1879,7 @@ def choose_settings(**given):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for a command that can't be meant, instead of ending the
+    """Raises ValueError for a command that is not valid, instead of ending the
     process."""
 
     def error(self, message):

@@ -148,7 +148,7 @@ def without_results(module, monkey):
 
 def interrupted(module, name, call, *argv):
     """Run main(argv) with Ctrl-C right before call number `call` of module.name, a
-    function that each training step calls once; fails unless the run ends with the exit
+    function that the training loop calls; fails unless the run ends with the exit
     status of Ctrl-C."""
     function = getattr(module, name)
     calls = []
@@ -2059,9 +2059,19 @@ def check_fid_mode(monkey, out):
     assert counts == [30]
 
 
+def test_signal_while_drawing():
+    """A signal that comes when a step's saving is over ends the run after the next
+    step, and what the message says is saved is saved."""
+    with patched() as monkey, tempfile.TemporaryDirectory() as out:
+        small_shapes(diffusion, monkey)
+        flags = [*SMALL, "--steps", 9, "--grid-every", 3, "--out", out]
+        interrupted(diffusion, "save_class_grid", 1, *flags)
+        assert load_state(out)["step"] == 4
+
+
 def test_diffusion_step():
-    """What train() does beside forward and backward: it mirrors about half of the pictures, clips
-    the gradient, and averages the weights with the decay asked for."""
+    """What train() does beside forward and backward: it mirrors about half of the
+    pictures, clips the gradient, and averages the weights with the decay asked for."""
     most, decays, mirrored = [], [], []
     clip = torch.nn.utils.clip_grad_norm_
     update = diffusion.update_ema
