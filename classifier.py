@@ -50,6 +50,7 @@ import argparse
 import copy
 import dataclasses
 import datetime
+import functools
 import math
 import os
 import shlex
@@ -85,6 +86,9 @@ def setting(default, help, low=None, high=None, choices=None):
     return dataclasses.field(default=default, metadata=limits)
 
 
+PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+
+
 @dataclasses.dataclass
 class Settings:
     """All settings; each is a flag of the command line too. Raises ValueError, with a
@@ -104,6 +108,7 @@ class Settings:
     # Where it runs. A device changes how numbers are rounded, and with them the last digits.
     device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
+    precision: str = setting("auto", "of matrix products", choices=("auto", *PRECISIONS))
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
     eval_every: int = setting(500, "steps between validations; each saves", 1, MAX_STEPS)
 
@@ -147,7 +152,7 @@ class Settings:
 
 # These don't shape what is learned, so they may change when a run is resumed. (The
 # pictures themselves are compared by checksum, wherever they lie.)
-FREE_TO_CHANGE = "data out device compile log_every eval_every recipe".split()
+FREE_TO_CHANGE = "data out device compile precision log_every eval_every recipe".split()
 
 # The drawn shapes are learned in minutes, on a CPU too: defaults in their case.
 SHAPES = dict(steps=250, batch_size=128, eval_every=125)
@@ -497,16 +502,70 @@ def load_data(source, holdout=0, device="cpu"):
     return Data(*tensors, names, checksum)
 
 
+def to_device(x, device):
+    """x on the device, without the host waiting for it: a GPU fetches pinned memory by
+    itself, when its turn comes."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 OPERATIONS = (
     "identity shear-x shear-y translate-x translate-y rotate brightness colour contrast "
     "sharpness posterise solarise autocontrast equalise"
 ).split()
 
 
+# The first of them, after identity, only move pixels.
+GEOMETRIC = OPERATIONS[1:6]
+
+
 def strength(magnitude, end, start=0.0):
     """What magnitude 0 to 30 means to an operation: `start` to `end`, in fp32 as
     torchvision's."""
     return torch.linspace(start, end, 31)[magnitude].item()
+
+
+@functools.cache
+def pixel_sources(name, magnitude, sign, height, width, device):
+    """Which pixel of a picture each pixel shows after a geometric operation: (H*W,), the
+    number of the pixel, row by row from 1, or 0 where black comes in.
+
+    To find out, torchvision moves a picture of these numbers, once for all pictures to
+    come: so a moved batch costs one look-up, and not the coordinates of each pixel.
+    """
+    angle = math.degrees(math.atan(sign * strength(magnitude, 0.3)))
+    right = int(sign * strength(magnitude, 150 / 331 * width))
+    down = int(sign * strength(magnitude, 150 / 331 * height))
+
+    x = torch.arange(1.0, height * width + 1).view(1, 1, height, width)
+    if name == "shear-x":
+        x = transform.affine(x, 0.0, [0, 0], 1.0, [angle, 0.0], center=[0, 0])
+    elif name == "shear-y":
+        x = transform.affine(x, 0.0, [0, 0], 1.0, [0.0, angle], center=[0, 0])
+    elif name == "translate-x":
+        x = transform.affine(x, 0.0, [right, 0], 1.0, [0.0, 0.0])
+    elif name == "translate-y":
+        x = transform.affine(x, 0.0, [0, down], 1.0, [0.0, 0.0])
+    else:
+        x = transform.rotate(x, sign * strength(magnitude, 30.0))
+    return to_device(x.flatten().long(), device)
+
+
+def sharpen(x, factor):
+    """Pictures uint8 (B,C,H,W) moved away from their blurred selves, or with a factor
+    below 1 towards them; their edges stay.
+
+    The blur weighs the middle of 3x3 pixels with 5/13 and the others with 1/13.
+    torchvision's copies these weights from the CPU in each call, so that a GPU would be
+    waited for.
+    """
+    x = x.float()
+    inner = x[:, :, 1:-1, 1:-1]  # a view: changing it changes x
+    all_nine = F.avg_pool2d(x, 3, stride=1, divisor_override=1)
+    blurred = ((all_nine + 4 * inner) / 13).round()
+    inner.add_(blurred - inner, alpha=1 - factor)
+    return x.clamp(0, 255).byte()
 
 
 def apply_operation(x, name, magnitude, sign):
@@ -516,22 +575,13 @@ def apply_operation(x, name, magnitude, sign):
     one. What each operation does at the largest magnitude is as in torchvision's
     RandAugment.
     """
-    height, width = x.shape[2:]
-    angle = math.degrees(math.atan(sign * strength(magnitude, 0.3)))
-    right = int(sign * strength(magnitude, 150 / 331 * width))
-    down = int(sign * strength(magnitude, 150 / 331 * height))
-    factor = 1 + sign * strength(magnitude, 0.9)
+    if name in GEOMETRIC:
+        height, width = x.shape[2:]
+        source = pixel_sources(name, magnitude, sign, height, width, x.device)
+        padded = F.pad(x.flatten(2), (1, 0))  # (B,3,1+H*W), a black pixel in front
+        return padded[:, :, source].view_as(x)
 
-    if name == "shear-x":
-        return transform.affine(x, 0.0, [0, 0], 1.0, [angle, 0.0], center=[0, 0])
-    if name == "shear-y":
-        return transform.affine(x, 0.0, [0, 0], 1.0, [0.0, angle], center=[0, 0])
-    if name == "translate-x":
-        return transform.affine(x, 0.0, [right, 0], 1.0, [0.0, 0.0])
-    if name == "translate-y":
-        return transform.affine(x, 0.0, [0, down], 1.0, [0.0, 0.0])
-    if name == "rotate":
-        return transform.rotate(x, sign * strength(magnitude, 30.0))
+    factor = 1 + sign * strength(magnitude, 0.9)
     if name == "brightness":
         return transform.adjust_brightness(x, factor)
     if name == "colour":
@@ -539,7 +589,7 @@ def apply_operation(x, name, magnitude, sign):
     if name == "contrast":
         return transform.adjust_contrast(x, factor)
     if name == "sharpness":
-        return transform.adjust_sharpness(x, factor)
+        return sharpen(x, factor)
     if name == "posterise":
         return transform.posterize(x, 8 - round(4 * magnitude / 30))
     if name == "solarise":
@@ -563,9 +613,9 @@ def randaugment(x, magnitude=2):
     kind = 2 * operation + negative  # 0 to 27
 
     # Sort the pictures by kind and split there.
-    order = kind.argsort()
     sizes = kind.bincount(minlength=2 * len(OPERATIONS)).tolist()
-    groups = x[order.to(x.device)].split(sizes)
+    order = to_device(kind.argsort(), x.device)
+    groups = x[order].split(sizes)
 
     changed = []
     for number, group in enumerate(groups):
@@ -575,16 +625,17 @@ def randaugment(x, magnitude=2):
             changed.append(apply_operation(group, name, magnitude, sign))
 
     # Sort back: picture order[i] is at place i now.
-    back = order.argsort()
-    return torch.cat(changed)[back.to(x.device)]
+    result = torch.empty_like(x)
+    result[order] = torch.cat(changed)
+    return result
 
 
 def random_crop_and_flip(x, pad=4):
     """Shift by up to `pad` pixels, with black coming in, and mirror half of the
     pictures (our choice): uint8 (B,3,H,W), as before."""
     height, width = x.shape[2:]
-    top, left = torch.randint(2 * pad + 1, (2, len(x))).to(x.device)
-    flip = (torch.rand(len(x)) < 0.5).to(x.device)
+    top, left = to_device(torch.randint(2 * pad + 1, (2, len(x))), x.device)
+    flip = to_device(torch.rand(len(x)) < 0.5, x.device)
 
     # All windows of the padded picture, as a view, and one of them per picture.
     padded = F.pad(x, (pad, pad, pad, pad))
@@ -646,7 +697,7 @@ def make_optimiser(net, weight_decay):
     What has two axes or more decays: matrices, filters and learned positions. Gains and
     biases do not: a gain sets a scale, which pulling it to 0 would fight, and a bias
     adds no capacity to speak of (our choice). The learning rate comes from the
-    schedule.
+    schedule. `fused` is one kernel for all weights.
     """
     decaying = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
@@ -654,7 +705,7 @@ def make_optimiser(net, weight_decay):
         dict(params=decaying, weight_decay=weight_decay),
         dict(params=others, weight_decay=0.0),
     ]
-    return torch.optim.AdamW(groups)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 def make_schedule(optimiser, max_lr, steps):
@@ -679,16 +730,20 @@ def train(settings, command="python classifier.py"):
     loss is no longer finite; AssertionError if a budget is exceeded; Stopped after a
     signal, when all is saved. `command` is printed then, as what resumes the run.
     """
-    device, bf16, out = set_up(settings)
+    device, precision, out = set_up(settings)
     data = load_data(settings.data, settings.holdout, device)
     mean, std = channel_statistics(data.train_x)
     check_batch_size(settings.batch_size, len(data.train_y))
 
     net = build_network(settings, len(data.names), device)
     example = normalise(data.train_x[: settings.batch_size], mean, std)
-    compile_network(net, settings.compile, example, bf16)
+    compile_network(net, settings.compile, example, precision)
     optimiser = make_optimiser(net, settings.weight_decay)
     schedule = make_schedule(optimiser, settings.max_lr, settings.steps)
+
+    # fp16 can't hold small gradients, so the loss is scaled up before the backward pass
+    # and the gradients down after it. In fp32 and bf16 the scaler does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     # An epoch is one random order of the training pictures; `position` is how far we are.
     step = 0
@@ -707,6 +762,8 @@ def train(settings, command="python classifier.py"):
         position = state["position"]
         order = state["order"].to(device)
         torch.set_rng_state(state["random"])
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
     print(f"{step:,} of {settings.steps:,} steps done")
 
     # The parameter budget [1.1].
@@ -723,7 +780,7 @@ def train(settings, command="python classifier.py"):
 
             # Choose pictures: the next ones in order. A last incomplete batch is dropped.
             if position + settings.batch_size > len(order):
-                order = torch.randperm(len(order)).to(device)
+                order = to_device(torch.randperm(len(order)), device)
                 position = 0
             chosen = order[position : position + settings.batch_size]
             position += settings.batch_size
@@ -737,9 +794,10 @@ def train(settings, command="python classifier.py"):
             x = normalise(x, mean, std)  # (B,3,32,32)
             y = data.train_y[chosen]  # (B,)
 
-            # Forward, in bf16 on a GPU that has it; train(), as validation has left eval mode.
+            # Forward, in bf16 on a GPU that has it: section 10. train(), as validation
+            # has left eval mode.
             net.train()
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with autocast(device, precision):
                 logits = net(x)  # (B,classes)
 
             # Loss, in fp32: section 4.
@@ -748,12 +806,15 @@ def train(settings, command="python classifier.py"):
 
             # Backward; the whole gradient is scaled down if its norm is above clip_norm [1.2.2].
             optimiser.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimiser)
             nn.utils.clip_grad_norm_(net.parameters(), settings.clip_norm)
 
-            # One optimiser step, and the learning rate of the next one.
+            # One optimiser step, and the learning rate of the next one. (A step whose
+            # fp16 gradients overflowed changes nothing, and lowers the scale.)
             rate = schedule.get_last_lr()[0]
-            optimiser.step()
+            scaler.step(optimiser)
+            scaler.update()
             schedule.step()
             step += 1
 
@@ -766,20 +827,20 @@ def train(settings, command="python classifier.py"):
             if step % settings.log_every == 0 or validating or stopping:
                 log.stop_clock(step, rate, net)
                 if validating:
-                    log.add_scores(validate(net, data, mean, std, bf16))
+                    log.add_scores(validate(net, data, mean, std, precision))
                 log.show(validating)
                 if validating or stopping:
                     log.write_files()
                     progress = dict(step=step, position=position, order=order)
-                    progress.update(random=torch.get_rng_state())
+                    progress.update(random=torch.get_rng_state(), scaler=scaler.state_dict())
                     save_checkpoint(path, settings, data, parts, progress)
                 log.start_clock(step)
 
     if stopping:
         stop.explain(step, path, command)
     log.summarise(step)
-    result = report(net, data, settings, mean, std, bf16)
-    draw_predictions(out / "predictions.png", net, data, mean, std, bf16)
+    result = report(net, data, settings, mean, std, precision)
+    draw_predictions(out / "predictions.png", net, data, mean, std, precision)
     print(result)
     return result
 
@@ -800,15 +861,17 @@ class Scores(NamedTuple):
     count: int
 
 
-def evaluate(net, x, y, mean, std, bf16=False, label_smoothing=0.0):
+EVAL_BATCH = 250  # pictures at once: less memory than more, and on a CPU faster
+
+
+def evaluate(net, x, y, mean, std, precision=torch.float32, label_smoothing=0.0):
     """Scores of `net` on pictures x, uint8 (N,3,32,32), with labels y (N,). Leaves
     `net` in evaluation mode."""
     net.eval()
     losses, firsts, fives = [], [], []
 
-    # 250 at a time: less memory, and on a CPU faster than more.
-    for pictures, target in zip(x.split(250), y.split(250)):
-        with torch.no_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+    for pictures, target in zip(x.split(EVAL_BATCH), y.split(EVAL_BATCH)):
+        with torch.no_grad(), autocast(x.device, precision):
             logits = net(normalise(pictures, mean, std)).float()
         loss = F.cross_entropy(
             logits, target, reduction="none", label_smoothing=label_smoothing
@@ -841,16 +904,16 @@ def evaluate(net, x, y, mean, std, bf16=False, label_smoothing=0.0):
     )
 
 
-def validate(net, data, mean, std, bf16):
+def validate(net, data, mean, std, precision):
     """The figures of the paper's Figure 2, for one row of the log: accuracy on the
     validation pictures, and on as many training pictures."""
     count = len(data.val_y)
-    fit = evaluate(net, data.train_x[:count], data.train_y[:count], mean, std, bf16)
-    val = evaluate(net, data.val_x, data.val_y, mean, std, bf16)
+    fit = evaluate(net, data.train_x[:count], data.train_y[:count], mean, std, precision)
+    val = evaluate(net, data.val_x, data.val_y, mean, std, precision)
     return dict(train_acc=fit.accuracy, val_acc=val.accuracy, val_loss=val.loss)
 
 
-def report(net, data, settings, mean, std, bf16=False, with_test=False):
+def report(net, data, settings, mean, std, precision=torch.float32, with_test=False):
     """The result as text: the paper's line [1.3], and what its figures mean.
     `with_test` adds the test set where validation is on a hold-out.
 
@@ -859,16 +922,16 @@ def report(net, data, settings, mean, std, bf16=False, with_test=False):
     plain cross-entropy on pictures left as they are; the criterion that training
     minimises stands beside them under its own name.
     """
-    fit = evaluate(net, data.train_x, data.train_y, mean, std, bf16)
-    val = evaluate(net, data.val_x, data.val_y, mean, std, bf16)
+    fit = evaluate(net, data.train_x, data.train_y, mean, std, precision)
+    val = evaluate(net, data.val_x, data.val_y, mean, std, precision)
 
     # The same augmentation whenever this is asked, and training's own chance untouched.
     operations, magnitude = settings.randaugment_ops, settings.randaugment_magnitude
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        parts = [augment(x, operations, magnitude) for x in data.train_x.split(250)]
+        parts = [augment(x, operations, magnitude) for x in data.train_x.split(EVAL_BATCH)]
     smoothing = settings.label_smoothing
-    trained = evaluate(net, torch.cat(parts), data.train_y, mean, std, bf16, smoothing)
+    trained = evaluate(net, torch.cat(parts), data.train_y, mean, std, precision, smoothing)
 
     kind = "held-out" if settings.holdout else "test"
     lines = [
@@ -881,7 +944,7 @@ def report(net, data, settings, mean, std, bf16=False, with_test=False):
         f"  losses: plain cross-entropy; as trained (smoothed, augmented): {trained.loss:.3f}",
     ]
     if with_test and settings.holdout:
-        test = evaluate(net, data.test_x, data.test_y, mean, std, bf16)
+        test = evaluate(net, data.test_x, data.test_y, mean, std, precision)
         lines.append(
             f"  test: {test.count:,} pictures, {test.accuracy:.2%}, loss {test.loss:.3f}"
         )
@@ -891,7 +954,7 @@ def report(net, data, settings, mean, std, bf16=False, with_test=False):
 def evaluate_checkpoint(settings):
     """Measure the network of settings.folder() again, on the test set too; returns the
     result as text. Raises ValueError or OSError as train does."""
-    device, bf16, out = set_up(settings)
+    device, precision, out = set_up(settings)
     data = load_data(settings.data, settings.holdout, device)
     mean, std = channel_statistics(data.train_x)
 
@@ -900,8 +963,8 @@ def evaluate_checkpoint(settings):
     restore(dict(net=net), state)
     print(f"{out / 'checkpoint.pt'}: {state['step']:,} of {settings.steps:,} steps done")
 
-    result = report(net, data, settings, mean, std, bf16, with_test=True)
-    draw_predictions(out / "predictions.png", net, data, mean, std, bf16)
+    result = report(net, data, settings, mean, std, precision, with_test=True)
+    draw_predictions(out / "predictions.png", net, data, mean, std, precision)
     print(result)
     return result
 
@@ -921,7 +984,9 @@ def find_learning_rate(settings, lowest=1e-5, highest=1.0, longest=200):
     the loss, draw it, and propose a peak for OneCycle. Returns that rate. Touches no
     checkpoint. Raises as train does.
     """
-    device, bf16, out = set_up(settings)
+    device, precision, out = set_up(settings)
+    if precision == torch.float16:
+        precision = torch.float32  # so that no step is skipped, as scaled fp16 ones may be
     data = load_data(settings.data, settings.holdout, device)
     mean, std = channel_statistics(data.train_x)
 
@@ -941,7 +1006,7 @@ def find_learning_rate(settings, lowest=1e-5, highest=1.0, longest=200):
         x = augment(
             data.train_x[chosen], settings.randaugment_ops, settings.randaugment_magnitude
         )
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with autocast(device, precision):
             logits = net(normalise(x, mean, std))
         loss = F.cross_entropy(
             logits.float(), data.train_y[chosen], label_smoothing=settings.label_smoothing
@@ -1140,7 +1205,7 @@ def plot(path, curves, title, x_axis, y_axis):
     image.resize((720, 450), Image.LANCZOS).save(path)
 
 
-def draw_predictions(path, net, data, mean, std, bf16=False, rows=5, columns=8):
+def draw_predictions(path, net, data, mean, std, precision, rows=5, columns=8):
     """PNG of validation pictures, spread evenly over all; under each its true name, and
     under that the name `net` gives it, green if right, red if wrong."""
     chosen = torch.linspace(0, len(data.val_y) - 1, rows * columns).long()
@@ -1148,8 +1213,7 @@ def draw_predictions(path, net, data, mean, std, bf16=False, rows=5, columns=8):
     pictures = data.val_x[chosen]
     truths = data.val_y[chosen].tolist()
     net.eval()
-    device = pictures.device.type
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=bf16):
+    with torch.no_grad(), autocast(pictures.device, precision):
         guesses = net(normalise(pictures, mean, std)).argmax(dim=1).tolist()
 
     image = Image.new("RGB", (columns * 140, rows * 160), "white")
@@ -1296,23 +1360,40 @@ def choose_device(name="auto"):
     return torch.device(name)
 
 
-def supports_bf16(device):
-    """Whether bf16 is fast on the device. It has fp32's range, so unlike fp16 it needs
-    no scaling of the loss; where it is emulated it is only slow."""
+def choose_precision(device, name="auto"):
+    """(dtype, why): in which numbers matrix products and convolutions are computed.
+
+    `name` is one of PRECISIONS, or "auto": bf16 where a GPU computes with it, as it has
+    fp32's range and so needs no scaling of the loss; fp16 on a GPU that has tensor cores
+    for that alone, such as a T4; else fp32.
+    """
+    if name != "auto":
+        return PRECISIONS[name], "as asked for"
     if device.type != "cuda":
-        return False
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float32, "as always off CUDA"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "which this GPU computes with"
+    if torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16, "as this GPU has no bf16"
+    return torch.float32, "as this GPU has no tensor cores"
+
+
+def autocast(device, dtype):
+    """A context in which matrix products and convolutions are computed in `dtype`, one
+    of PRECISIONS. Weights stay fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def set_up(settings):
-    """What every mode begins with: (device, whether bf16 is used, folder to write to).
-    Raises ValueError or OSError, with a readable message, where the device or the
+    """What every mode begins with: (device, dtype of matrix products, folder to write
+    to). Raises ValueError or OSError, with a readable message, where the device or the
     folder can't be had."""
     device = choose_device(settings.device)
-    bf16 = supports_bf16(device)
+    precision, why = choose_precision(device, settings.precision)
     out = make_folder(settings.folder())
-    print(f"torch {torch.__version__} on {device.type}, {'bf16' if bf16 else 'fp32'}")
-    return device, bf16, out
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(f"torch {torch.__version__} on {name}, {str(precision)[6:]} {why}")
+    return device, precision, out
 
 
 def make_folder(path):
@@ -1361,22 +1442,25 @@ def widest_that_fits(classes, variant):
         width += 8
 
 
-def compile_network(net, how, example, bf16):
+def compile_network(net, how, example, precision):
     """torch.compile `net` in place, so that its weights keep their names, if `how` asks
     for it.
 
     Where torch.compile fails, it fails at the first call. So a copy goes first, forward
-    and backward, with a batch like training's; if it fails, one line says so and
-    training goes on without.
+    and backward with a batch like training's, then forward with one like evaluation's;
+    what is compiled then serves the network itself. If the copy fails, one line says so
+    and training goes on without.
     """
-    device = example.device.type
-    if how == "off" or (how == "auto" and device != "cuda"):
+    device = example.device
+    if how == "off" or (how == "auto" and device.type != "cuda"):
         return
     try:
         probe = copy.deepcopy(net)
         probe.compile()
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+        with autocast(device, precision):
             probe(example).sum().backward()
+        with torch.no_grad(), autocast(device, precision):
+            probe.eval()(example[:EVAL_BATCH].clone())
         net.compile()
     except Exception as error:  # a compiler can fail in any way
         print(f"going on without torch.compile: {type(error).__name__}: {str(error)[:200]}")
@@ -1535,6 +1619,12 @@ def run(argv):
     return evaluate_checkpoint(Settings(**{**made, "device": "auto", **given}))
 
 
+LESS_MEMORY = (
+    "out of memory: a quarter of --batch-size needs about a quarter of it; train it with "
+    "half of --max-lr, into another --out"
+)
+
+
 def main(argv=None):
     """`run`, with errors as one line and an exit status: the only place that ends the
     process."""
@@ -1542,6 +1632,11 @@ def main(argv=None):
         return run(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, AssertionError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        # CUDA, Apple's GPUs and the CPU each say it in their own words, all with this one.
+        if "memory" not in str(error):
+            raise
+        sys.exit(f"error: {LESS_MEMORY}")
     except Stopped as stopped:
         print(f"\n{stopped}")
         sys.exit(128 + stopped.number)

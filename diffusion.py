@@ -97,6 +97,7 @@ MAX_STEPS = 50_000  # [2.1] gradient updates at most, asserted in the training l
 # --------------------------------------------------------------------------------------
 
 SCHEDULES = ("cosine", "linear", "spliced")
+PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
 def setting(default, help, low=None, high=None, choices=None):
@@ -123,6 +124,7 @@ class Settings:
     # Where it runs. A device changes how numbers are rounded, and with them the last digits.
     device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     compile: str = setting("auto", "torch.compile; auto: CUDA", choices=("auto", "on", "off"))
+    precision: str = setting("auto", "of matrix products", choices=("auto", *PRECISIONS))
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
     eval_every: int = setting(1000, "steps between validations; each saves", 1, MAX_STEPS)
     grid_every: int = setting(5000, "steps between grids of samples", 1, MAX_STEPS)
@@ -180,8 +182,9 @@ class Settings:
 # These don't shape the trained network, so they may change when a run is resumed. (The
 # pictures themselves are compared by checksum, wherever they lie.)
 FREE_TO_CHANGE = (
-    "data out device compile log_every eval_every grid_every recipe sample_schedule "
-    "sample_steps eta guidance clip_x0 classes count sample_seed sample_batch fid_count inception"
+    "data out device compile precision log_every eval_every grid_every recipe "
+    "sample_schedule sample_steps eta guidance clip_x0 classes count sample_seed "
+    "sample_batch fid_count inception"
 ).split()
 
 # Defaults for drawn shapes: a small network, minutes on a CPU. The linear schedule
@@ -501,6 +504,14 @@ def load_data(source, device="cpu"):
     return Data(*tensors, names, checksum)
 
 
+def to_device(x, device):
+    """x on the device, without the host waiting for it: a GPU fetches pinned memory by
+    itself, when its turn comes."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def to_model(x):
     """uint8 [0,255] -> fp32 [-1,1], channels last: the one place where stored pictures
     become network input. Raises AssertionError if x is not uint8: then it has been here
@@ -642,20 +653,31 @@ def train(settings, command="python diffusion.py"):
     loss is no longer finite; AssertionError if a budget is exceeded; Stopped after a
     signal, when all is saved. `command` is printed then, as what resumes the run.
     """
-    device, bf16, out = set_up(settings)
+    device, precision, out = set_up(settings)
     data = load_data(settings.data, device)
     check_batch_size(settings.batch_size, len(data.train_y))
     find_classes(settings.classes, data.names)  # better to fail now than after training
 
     net = build_network(settings, len(data.names), device)
-    ema_net = copy.deepcopy(net).eval().requires_grad_(False)
     x = to_model(data.train_x[: settings.batch_size])
-    y = data.train_y[: settings.batch_size]
-    compile_network(net, settings.compile, (x, y.float(), y), bf16)
+    y = data.train_y[: settings.batch_size].clone()
+    compile_network(net, settings.compile, (x, y.float(), y), precision)
+
+    # The averaged network, which validates and samples, learns nothing by itself.
+    ema_net = copy.deepcopy(net).eval().requires_grad_(False)
+    x = to_model(data.test_x[:EVAL_BATCH])
+    y = data.test_y[:EVAL_BATCH].clone()
+    compile_network(ema_net, settings.compile, (x, y.float(), y), precision)
 
     # With no weight decay AdamW is Adam, as in [11]. With a second beta of 0.99 it
-    # forgets large gradients sooner than with 0.999 (our choice).
-    optimiser = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.0)
+    # forgets large gradients sooner than with 0.999 (our choice). `fused` is one kernel
+    # for all weights.
+    betas = 0.9, 0.99
+    optimiser = torch.optim.AdamW(net.parameters(), betas=betas, weight_decay=0, fused=True)
+
+    # fp16 can't hold small gradients, so the loss is scaled up before the backward pass
+    # and the gradients down after it. In fp32 and bf16 the scaler does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
     # Low-discrepancy t [2.2]: a Sobol sequence, of which each draw falls into a gap
     # that the earlier ones left, so a batch covers [0,1] evenly and the loss estimate
@@ -669,10 +691,14 @@ def train(settings, command="python diffusion.py"):
     random = torch.Generator(device).manual_seed(settings.seed)
     on_device = dict(generator=random, device=device)
 
-    # An epoch is one random order of the training pictures; `position` is how far we are.
+    # An epoch is one random order of the training pictures, and a noise level t for
+    # each; `position` is how far we are. A last incomplete batch is dropped.
     step = 0
     position = 0
-    order = torch.randperm(len(data.train_y), **on_device)
+    pictures = len(data.train_y)
+    epoch = pictures - pictures % settings.batch_size
+    order = torch.empty(0, device=device)
+    times = torch.empty(0, device=device)
 
     # The checkpoint of a run that was stopped puts all of this back to where it was.
     path = out / "checkpoint.pt"
@@ -685,7 +711,10 @@ def train(settings, command="python diffusion.py"):
         step = state["step"]
         position = state["position"]
         order = state["order"].to(device)
-        sobol.fast_forward(step * settings.batch_size)
+        times = state["times"].to(device)
+        sobol.fast_forward(step * settings.batch_size + len(times) - position)
+        if state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
         if state["device"] == device.type:  # each kind of device has its own kind of generator
             random.set_state(state["random"])
     print(f"{step:,} of {settings.steps:,} steps done")
@@ -702,14 +731,22 @@ def train(settings, command="python diffusion.py"):
             # The step budget [2.1].
             assert step < MAX_STEPS, f"all {MAX_STEPS:,} optimiser steps are spent"
 
-            # Choose pictures: the next ones in order. A last incomplete batch is dropped.
-            if position + settings.batch_size > len(order):
-                order = torch.randperm(len(order), **on_device)
+            # A new epoch: pictures in a new order, and all noise levels at one go.
+            if position == len(order):
+                order = torch.randperm(pictures, **on_device)[:epoch]
+                if settings.timesteps == "sobol":
+                    times = to_device(sobol.draw(epoch)[:, 0], device)
+                else:
+                    times = torch.rand(epoch, **on_device)
                 position = 0
-            chosen = order[position : position + settings.batch_size]
-            position += settings.batch_size
+
+            # Choose pictures and noise levels: the next ones in order.
+            end = position + settings.batch_size
+            chosen = order[position:end]
+            t = times[position:end]  # (B,)
             y = data.train_y[chosen]  # (B,)
             x = to_model(data.train_x[chosen])  # (B,3,32,32)
+            position = end
 
             # Mirror half of them. Drop some labels: the network learns "no class" too,
             # which guidance needs [12].
@@ -719,17 +756,13 @@ def train(settings, command="python diffusion.py"):
 
             # Noise them, each to a level t of its own: Eq. (2). The target is v: Eq. (1).
             noise = torch.randn(x.shape, **on_device)
-            if settings.timesteps == "sobol":
-                t = sobol.draw(settings.batch_size)[:, 0].to(device, non_blocking=True)
-            else:
-                t = torch.rand(settings.batch_size, **on_device)
             log_snr = to_log_snr(t, settings.schedule)  # (B,)
             alpha, sigma = to_alpha_sigma(log_snr)  # (B,1,1,1)
             x_t = add_noise(x, noise, alpha, sigma)
             v = velocity(x, noise, alpha, sigma)
 
-            # Forward, in bf16 on a GPU that has it.
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            # Forward, in bf16 on a GPU that has it: section 14.
+            with autocast(device, precision):
                 pred_v = net(x_t, log_snr, labels)
 
             # Loss, in fp32: Eq. (3), as a mean over pictures and pixels.
@@ -737,13 +770,16 @@ def train(settings, command="python diffusion.py"):
 
             # Backward; the whole gradient is scaled down if its norm is above clip_norm.
             optimiser.zero_grad()
-            loss.backward()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimiser)
             nn.utils.clip_grad_norm_(net.parameters(), settings.clip_norm)
 
-            # One optimiser step, and the averaged weights follow.
+            # One optimiser step, and the averaged weights follow. (A step whose fp16
+            # gradients overflowed changes nothing, and lowers the scale.)
             rate = learning_rate(step, settings.steps, settings.max_lr, settings.warm_up)
             optimiser.param_groups[0]["lr"] = rate
-            optimiser.step()
+            scaler.step(optimiser)
+            scaler.update()
             update_ema(ema_net, net, settings.ema, step)
             step += 1
 
@@ -757,12 +793,13 @@ def train(settings, command="python diffusion.py"):
             if step % settings.log_every == 0 or validating or drawing or stopping:
                 log.stop_clock(step, rate, net)
                 if validating:
-                    log.add_scores(validate(ema_net, data, settings.schedule, bf16))
+                    log.add_scores(validate(ema_net, data, settings.schedule, precision))
                 log.show(validating)
                 if validating or stopping:
                     log.write_files()
-                    progress = dict(step=step, position=position, order=order)
+                    progress = dict(step=step, position=position, order=order, times=times)
                     progress.update(random=random.get_state(), device=device.type)
+                    progress.update(scaler=scaler.state_dict())
                     save_checkpoint(path, settings, data, parts, progress)
                 if drawing:
                     save_class_grid(settings, ema_net, data.names, step)
@@ -780,8 +817,13 @@ def train(settings, command="python diffusion.py"):
 # --------------------------------------------------------------------------------------
 
 
+EVAL_BATCH = 256  # pictures at once
+
+
 @torch.no_grad()
-def validation_loss(net, x, y, schedule="cosine", bf16=False, count=1024):
+def validation_loss(
+    net, x, y, schedule="cosine", precision=torch.float32, count=1024
+):
     """Eq. (3) on at most `count` test pictures, x uint8 (N,3,32,32), y (N,), each with
     fixed noise, at t = (i + 1/2)/count: (mean, list of the means in five bins of t of
     nearly equal size, clean to noisy).
@@ -797,13 +839,14 @@ def validation_loss(net, x, y, schedule="cosine", bf16=False, count=1024):
     levels = (torch.arange(count) + 0.5) / count
 
     losses = []
-    for i, noise, t in zip(chosen.split(256), noises.split(256), levels.split(256)):
+    batches = [part.split(EVAL_BATCH) for part in (chosen, noises, levels)]
+    for i, noise, t in zip(*batches):
         picture = to_model(x[i])
         noise = noise.to(y.device)
         log_snr = to_log_snr(t.to(y.device), schedule)
         alpha, sigma = to_alpha_sigma(log_snr)
         x_t = add_noise(picture, noise, alpha, sigma)
-        with torch.autocast(y.device.type, torch.bfloat16, enabled=bf16):
+        with autocast(y.device, precision):
             pred_v = net(x_t, log_snr, y[i])
         error = velocity(picture, noise, alpha, sigma) - pred_v
         losses.append(error.square().flatten(1).mean(1))
@@ -813,10 +856,10 @@ def validation_loss(net, x, y, schedule="cosine", bf16=False, count=1024):
     return losses.mean().item(), bins
 
 
-def validate(net, data, schedule, bf16):
+def validate(net, data, schedule, precision):
     """The validation loss and its five bins, for one row of the log."""
     net.eval()
-    loss, bins = validation_loss(net, data.test_x, data.test_y, schedule, bf16)
+    loss, bins = validation_loss(net, data.test_x, data.test_y, schedule, precision)
     scores = dict(val_loss=loss)
     for i, value in enumerate(bins):
         scores[f"bin{i}"] = value
@@ -959,7 +1002,7 @@ def generate(
     seed=0,
     start=None,
     batch=250,
-    bf16=False,
+    precision=torch.float32,
     progress=None,
 ):
     """One sample for each of labels, (N,) or (N,E), as uint8 (N,3,32,32) on the CPU.
@@ -981,7 +1024,7 @@ def generate(
         some = labels[first : first + batch]
         noise = SampleNoise(seed, first, len(some), device)
         x = noise() if start is None else start[first : first + batch]
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        with torch.no_grad(), autocast(device, precision):
             model = guided_velocity(net, some, guidance)
             x = ddim_sample(model, x, log_snrs, eta, clip, noise)
         pictures.append(to_uint8(x).cpu())
@@ -1207,7 +1250,7 @@ def sampling_options(settings, device):
         guidance=guidance,
         clip=settings.clip_x0,
         batch=settings.sample_batch,
-        bf16=supports_bf16(device),
+        precision=choose_precision(device, settings.precision)[0],
         progress=Progress(),
     )
 
@@ -1382,14 +1425,22 @@ def show_results(settings, net, data, step):
         print(f"no FID: {error}")
 
 
-def open_network(settings):
-    """(averaged network, class names) from the checkpoint in settings.folder(). Needs
-    no data set. Raises ValueError or OSError, with a readable message."""
-    device, _, out = set_up(settings)
+def open_network(settings, count):
+    """(averaged network, class names) from the checkpoint in settings.folder(), to draw
+    `count` samples with. Needs no data set. Raises ValueError or OSError, with a readable
+    message."""
+    device, precision, out = set_up(settings)
     path = out / "checkpoint.pt"
     state = load_checkpoint(path, settings)
-    net = build_network(settings, len(state["names"]), device)
+    net = build_network(settings, len(state["names"]), device).requires_grad_(False)
     restore(dict(ema=net), state)
+
+    # Compiling takes a minute or so: too long for a few samples (our choice).
+    if settings.compile == "on" or count >= 2000:
+        x = torch.zeros(2 * settings.sample_batch, 3, 32, 32, device=device)
+        levels = torch.zeros(len(x), device=device)
+        labels = net.embed(torch.zeros_like(levels).long())
+        compile_network(net, settings.compile, (x, levels, labels), precision)
     return net, state["names"]
 
 
@@ -1685,23 +1736,40 @@ def choose_device(name="auto"):
     return torch.device(name)
 
 
-def supports_bf16(device):
-    """Whether bf16 is fast on the device. It has fp32's range, so unlike fp16 it needs
-    no scaling of the loss; where it is emulated it is only slow."""
+def choose_precision(device, name="auto"):
+    """(dtype, why): in which numbers matrix products and convolutions are computed.
+
+    `name` is one of PRECISIONS, or "auto": bf16 where a GPU computes with it, as it has
+    fp32's range and so needs no scaling of the loss; fp16 on a GPU that has tensor cores
+    for that alone, such as a T4; else fp32.
+    """
+    if name != "auto":
+        return PRECISIONS[name], "as asked for"
     if device.type != "cuda":
-        return False
-    return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float32, "as always off CUDA"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "which this GPU computes with"
+    if torch.cuda.get_device_capability(device) >= (7, 0):
+        return torch.float16, "as this GPU has no bf16"
+    return torch.float32, "as this GPU has no tensor cores"
+
+
+def autocast(device, dtype):
+    """A context in which matrix products and convolutions are computed in `dtype`, one
+    of PRECISIONS. Weights stay fp32."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def set_up(settings):
-    """What every mode begins with: (device, whether bf16 is used, folder to write to).
-    Raises ValueError or OSError, with a readable message, where the device or the
+    """What every mode begins with: (device, dtype of matrix products, folder to write
+    to). Raises ValueError or OSError, with a readable message, where the device or the
     folder can't be had."""
     device = choose_device(settings.device)
-    bf16 = supports_bf16(device)
+    precision, why = choose_precision(device, settings.precision)
     out = make_folder(settings.folder())
-    print(f"torch {torch.__version__} on {device.type}, {'bf16' if bf16 else 'fp32'}")
-    return device, bf16, out
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    print(f"torch {torch.__version__} on {name}, {str(precision)[6:]} {why}")
+    return device, precision, out
 
 
 def make_folder(path):
@@ -1751,22 +1819,26 @@ def widest_that_fits(classes, variant):
         width += 8
 
 
-def compile_network(net, how, example, bf16):
+def compile_network(net, how, example, precision):
     """torch.compile `net` in place, so that its weights keep their names, if `how` asks
     for it.
 
     Where torch.compile fails, it fails at the first call. So a copy goes first, forward
-    and backward, with arguments like training's; if it fails, one line says so and
-    training goes on without.
+    and, if its weights are trained, backward, with arguments like those to come; what
+    is compiled then serves the network itself. If the copy fails, one line says so and
+    all goes on without.
     """
-    device = example[0].device.type
-    if how == "off" or (how == "auto" and device != "cuda"):
+    device = example[0].device
+    if how == "off" or (how == "auto" and device.type != "cuda"):
         return
+    trained = next(net.parameters()).requires_grad
     try:
         probe = copy.deepcopy(net)
         probe.compile()
-        with torch.autocast(device, torch.bfloat16, enabled=bf16):
-            probe(*example).sum().backward()
+        with torch.set_grad_enabled(trained), autocast(device, precision):
+            v = probe(*example)
+        if trained:
+            v.sum().backward()
         net.compile()
     except Exception as error:  # a compiler can fail in any way
         print(f"going on without torch.compile: {type(error).__name__}: {str(error)[:200]}")
@@ -1924,7 +1996,8 @@ def run(argv):
     path = choose_settings(**given).folder() / "checkpoint.pt"
     made = load_checkpoint(path)["settings"]
     settings = Settings(**{**made, "device": "auto", "classes": "", **given})
-    net, names = open_network(settings)
+    count = settings.fid_count if mode == "fid" else settings.count
+    net, names = open_network(settings, count)
     if mode == "sample":
         return sample_mode(settings, net, names)
     if mode == "interpolate":
@@ -1937,6 +2010,12 @@ def run(argv):
     return fid_mode(settings, net, names, data)
 
 
+LESS_MEMORY = (
+    "out of memory: a quarter of --batch-size needs about a quarter of it; train it with "
+    "half of --max-lr, into another --out. In sampling the flag is --sample-batch"
+)
+
+
 def main(argv=None):
     """`run`, with errors as one line and an exit status: the only place that ends the
     process."""
@@ -1944,6 +2023,11 @@ def main(argv=None):
         return run(sys.argv[1:] if argv is None else argv)
     except (ValueError, OSError, AssertionError) as error:
         sys.exit(f"error: {error}")
+    except RuntimeError as error:
+        # CUDA, Apple's GPUs and the CPU each say it in their own words, all with this one.
+        if "memory" not in str(error):
+            raise
+        sys.exit(f"error: {LESS_MEMORY}")
     except Stopped as stopped:
         print(f"\n{stopped}")
         sys.exit(128 + stopped.number)
