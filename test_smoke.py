@@ -5,6 +5,7 @@
 words.
 """
 import ast
+import collections
 import contextlib
 import csv
 import functools
@@ -25,9 +26,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchgen
 import torchvision
 from PIL import Image
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torchvision.transforms import v2
 
 import classifier
@@ -184,9 +190,10 @@ def load_state(out):
 
 
 def log_column(out, name):
-    """The numbers of one column of log.csv."""
+    """The numbers of one column of log.csv, where it has some."""
     with (Path(out) / "log.csv").open() as file:
-        return [float(row[name]) for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [float(row[name]) for row in rows if row[name]]
 
 
 def is_picture(path):
@@ -2161,6 +2168,502 @@ def test_diffusion_bad_input():
         good = (out / "checkpoint.pt").read_bytes()
         contents = [good, good[:1000], b""]
         check_unusable(diffusion, contents, out, SMALL, ["sample", *SMALL])
+
+
+# --------------------------------------------------------------------------------------
+# A GPU without one
+# --------------------------------------------------------------------------------------
+
+# Operations after which the host has to know what the device computed.
+NO_LAUNCH = "device empty empty_strided empty_like new_empty _unsafe_view".split()
+READS = ("_local_scalar_dense", "equal", "nonzero", "masked_select", "_unique2")
+
+
+class FakeCuda(FakeTensorMode):
+    """A context in which CUDA tensors have shapes and types but no numbers, so that the
+    scripts' work for a GPU runs anywhere; CPU tensors are real.
+
+    Raises AssertionError where a CPU tensor meets a CUDA one. `waits` collects what
+    would make the host wait for the device, `launches` counts the operations that
+    compute or copy.
+    """
+
+    avoid_device_init = True  # torch.tensor(..., device="cuda") too
+
+    def __init__(self):
+        super().__init__(allow_non_fake_inputs=True)
+        self.waits = []
+        self.launches = collections.Counter()
+        self.depth = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        leaves = tree_leaves((args, kwargs))
+        name = operation.overloadpacket.__name__
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        on_cuda = [isinstance(tensor, FakeTensor) for tensor in tensors]
+        to_cuda = "cuda" in str(kwargs.get("device"))
+        if not any(on_cuda) and not to_cuda:
+            return operation(*args, **kwargs)
+
+        if name in READS:
+            self.waits.append(name)
+            return False if name == "equal" else 1.0
+        if name in ("_to_copy", "copy_"):
+            self.check_copy(tensors, kwargs)
+        else:
+            for tensor, fake in zip(tensors, on_cuda):
+                assert fake or tensor.ndim == 0, f"{name}: a CPU tensor meets CUDA"
+
+        # An operation may be made of others here, where a GPU has one kernel.
+        if self.depth == 0 and not operation.is_view and name not in NO_LAUNCH:
+            self.launches[name] += 1
+
+        # A generator of the device, which there is none of.
+        if "generator" in kwargs:
+            kwargs["generator"] = None
+        self.depth += 1
+        try:
+            return super().__torch_dispatch__(operation, types, args, kwargs)
+        finally:
+            self.depth -= 1
+
+    def check_copy(self, tensors, kwargs):
+        """Note a copy between the two for which the host waits."""
+        target = kwargs.get("device") or tensors[0].device
+        source = tensors[-1]
+        if source.device.type == torch.device(target).type:
+            return
+        pinned = getattr(source, "is_pinned_copy", False)
+        if not (pinned and kwargs.get("non_blocking")):
+            self.waits.append(f"copy of {tuple(source.shape)} from {source.device}")
+
+
+def pinned_copy(x):
+    """Stands in for Tensor.pin_memory, which wants a driver."""
+    x = x.clone()
+    x.is_pinned_copy = True
+    return x
+
+
+@contextlib.contextmanager
+def fake_cuda(module, precision):
+    """(monkey, mode) while `module` believes that it has a GPU and computes in that
+    precision; loads few shapes."""
+    device = torch.device("cuda")
+    load = module.load_data
+    generator = torch.Generator
+
+    def on_cuda(source, *rest):
+        data = load(source, *rest[:-1])
+        return type(data)(*[to_cuda(part) for part in data])
+
+    def to_cuda(part):
+        return part.to(device) if isinstance(part, torch.Tensor) else part
+
+    classifier.pixel_sources.cache_clear()
+    with patched() as monkey, tempfile.TemporaryDirectory() as out:
+        small_shapes(module, monkey)
+        monkey(module, "load_data", on_cuda)
+        monkey(module, "set_up", lambda settings: (device, precision, Path(out)))
+        monkey(torch, "Generator", lambda device="cpu": generator())
+        monkey(torch.Tensor, "pin_memory", pinned_copy)
+        monkey(torch.cuda, "is_available", lambda: True)
+        monkey(torch.cuda, "is_bf16_supported", lambda *args: True)
+        with FakeCuda() as mode:
+            yield monkey, mode
+    classifier.pixel_sources.cache_clear()
+
+
+def train_on_fake_cuda(module, precision, *flags):
+    """(what the host waited for, launches) in the three steps of a training, without
+    what happens only now and then. The backward pass needs a driver, so all gradients
+    are zeros."""
+    build = module.build_network
+    nets = []
+
+    def noting(*args):
+        nets.append(build(*args))
+        return nets[0]
+
+    def no_backward(loss):
+        assert loss.device.type == "cuda"
+        assert loss.dtype == torch.float32
+        for weight in nets[0].parameters():
+            weight.grad = torch.zeros_like(weight)
+
+    with fake_cuda(module, precision) as (monkey, mode):
+
+        def started(log, step):
+            mode.waits.clear()
+            mode.launches.clear()
+
+        def stopped(log, *rest):
+            waits.extend(mode.waits)
+            launches.update(mode.launches)
+            log.rows.append(no_scores())
+
+        waits, launches = [], collections.Counter()
+        monkey(module, "build_network", noting)
+        monkey(torch.Tensor, "backward", no_backward)
+        monkey(module, "validate", no_scores)
+        monkey(module, "save_checkpoint", nothing)
+        monkey(module.TrainingLog, "start_clock", started)
+        monkey(module.TrainingLog, "stop_clock", stopped)
+        for name in ("show", "write_files", "summarise"):
+            monkey(module.TrainingLog, name, nothing)
+        without_results(module, monkey)
+        run(module, *flags, "--steps", 3, "--log-every", 50, "--compile", "off")
+    return waits, launches
+
+
+def test_training_never_waits():
+    """On a fake GPU no step of either script lets the host wait for the device, in any
+    precision, and few launches do what concerns all weights."""
+    for module, flags in [(classifier, TINY), (diffusion, SMALL)]:
+        for precision in module.PRECISIONS.values():
+            waits, launches = train_on_fake_cuda(module, precision, *flags)
+            assert not waits, (module, precision, waits)
+
+            # Per step: the optimiser is one launch for each of its groups, AdamW's
+            # arithmetic none, and the average of all weights one.
+            groups = 2 if module is classifier else 1
+            assert launches["_fused_adamw_"] == 3 * groups
+            assert launches["addcdiv_"] == launches["_foreach_addcdiv_"] == 0
+            scaled = precision == torch.float16
+            assert launches["_amp_update_scale_"] == 3 * scaled
+            if module is diffusion:
+                assert launches["_foreach_lerp_"] == 3
+
+
+def test_fake_cuda_sees_waits():
+    """The fake GPU notices what it is there for: a blocking copy, a number read back,
+    a CPU tensor beside a CUDA one."""
+    with FakeCuda() as mode:
+        x = torch.zeros(3, device="cuda")
+        index = torch.tensor([0, 2])
+        assert mode.waits == []
+
+        index.to("cuda")
+        assert len(mode.waits) == 1
+        pinned_copy(index).to("cuda", non_blocking=True)
+        assert len(mode.waits) == 1
+        pinned_copy(index).to("cuda")
+        assert len(mode.waits) == 2
+        x.cpu()
+        assert len(mode.waits) == 3
+        x.sum().item()
+        assert len(mode.waits) == 4
+        raised(AssertionError, lambda: x[index])
+        raised(AssertionError, lambda: x + torch.zeros(3))
+
+
+def test_randaugment_launches():
+    """A batch in which all 28 kinds occur takes at most six launches for each."""
+    with fake_cuda(classifier, torch.float32) as (_, mode):
+        x = torch.zeros(2000, 3, 32, 32, dtype=torch.uint8, device="cuda")
+        classifier.randaugment(x)  # this one looks for where pixels come from
+        mode.launches.clear()
+        mode.waits.clear()
+        classifier.randaugment(x)
+    assert not mode.waits
+    assert mode.launches.total() < 6 * 28, mode.launches
+
+
+def test_sampling_on_fake_cuda():
+    """Samples with guidance, interpolations and neighbours on a fake GPU: one device
+    throughout, and the host waits only for whole batches of pictures."""
+    with fake_cuda(diffusion, torch.float16) as (_, mode):
+        device = torch.device("cuda")
+        net = diffusion.UNet(width=8).to(device)
+        labels = torch.zeros(100, dtype=torch.int64, device=device)
+        mode.waits.clear()
+        options = dict(steps=5, guidance=3.0, batch=50, precision=torch.float16)
+        x = diffusion.generate(net, labels, **options)
+        assert x.shape == (100, 3, 32, 32)
+        assert len(mode.waits) == 2, mode.waits
+
+        mode.waits.clear()
+        ends = torch.randn(2, 4, 3, 32, 32, device=device)
+        x = diffusion.interpolate(net, ends, labels[:8].view(2, 4), count=3, steps=2)
+        assert x.shape == (12, 3, 32, 32)
+        assert len(mode.waits) == 1, mode.waits
+
+        mode.waits.clear()
+        pictures = torch.zeros(300, 3, 32, 32, dtype=torch.uint8, device=device)
+        distance, index, _ = diffusion.nearest_neighbours(pictures[:20], pictures, 4)
+        assert distance.shape == index.shape == (20, 4)
+        assert distance.device.type == "cuda"
+        assert not mode.waits
+
+
+def test_validation_on_fake_cuda():
+    """What both scripts measure during a training runs on a fake GPU."""
+    with fake_cuda(classifier, torch.bfloat16):
+        data = classifier.load_data("shapes", 0, torch.device("cuda"))
+        mean, std = classifier.channel_statistics(data.train_x)
+        net = classifier.Classifier(width=8).to("cuda")
+        scores = classifier.validate(net, data, mean, std, torch.bfloat16)
+        assert set(scores) == {"train_acc", "val_acc", "val_loss"}
+    with fake_cuda(diffusion, torch.bfloat16):
+        data = diffusion.load_data("shapes", torch.device("cuda"))
+        net = diffusion.UNet(width=8).to("cuda")
+        scores = diffusion.validate(net, data, "cosine", torch.bfloat16)
+        assert set(scores) == set(no_scores())
+
+
+# --------------------------------------------------------------------------------------
+# Precision
+# --------------------------------------------------------------------------------------
+
+
+def test_precision_is_chosen():
+    """bf16 where a GPU computes with it, fp16 with tensor cores but no bf16 (a T4),
+    fp32 elsewhere or where asked for."""
+    cuda = torch.device("cuda")
+    cases = [
+        (True, (9, 0), torch.bfloat16),
+        (False, (7, 5), torch.float16),
+        (False, (6, 1), torch.float32),
+    ]
+    for module in MODULES:
+        choose = module.choose_precision
+        assert choose(torch.device("cpu"))[0] == torch.float32
+        assert choose(torch.device("mps"))[0] == torch.float32
+        assert choose(cuda, "fp32")[0] == torch.float32
+        for has_bf16, capability, expected in cases:
+            with patched() as monkey:
+                monkey(torch.cuda, "is_bf16_supported", lambda *a, **k: has_bf16)
+                monkey(torch.cuda, "get_device_capability", lambda device: capability)
+                dtype, why = choose(cuda)
+            assert dtype == expected
+            assert why
+
+
+class Operations(TorchDispatchMode):
+    """A context that notes the `names` of all operations, and the `dtypes` of the
+    floating-point tensors that they give; plain numbers, as scales are, left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(operation.name().removeprefix("aten::"))
+        result = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim > 0:
+                if tensor.is_floating_point():
+                    self.dtypes.add(tensor.dtype)
+        return result
+
+
+def last_loss(module, precision):
+    """The running loss after 60 steps on shapes in that precision, after which the
+    averaged network draws two samples, or the classifier is measured."""
+    flags = [*TINY, "--batch-size", 40]
+    if module is diffusion:
+        flags = [*SMALL, "--batch-size", 6, "--count", 2]
+    with small_run(module, train=240, test=40) as (monkey, out):
+        if module is diffusion:
+            monkey(module, "show_results", sample_after_training)
+        command = [*flags, "--precision", precision, "--steps", 60, "--out", out]
+        _, text = run(module, *command)
+        name = str(module.PRECISIONS[precision]).removeprefix("torch.")
+        assert f"{name} as asked for" in text
+        assert all(map(math.isfinite, log_column(out, "val_loss")))
+        return log_column(out, "loss")[-1]
+
+
+def sample_after_training(settings, net, data, step):
+    """Stands in for all that a diffusion training ends with."""
+    x = diffusion.sample_mode(settings, net, data.names)
+    assert x.float().std() > 5
+
+
+def test_precision_in_training():
+    """In bf16 and fp16 training ends with the loss of fp32, to 2 %; measuring and
+    sampling work in them too. (Slow, as a CPU emulates both.)"""
+    for module in MODULES:
+        expected = last_loss(module, "fp32")
+        for precision in ("bf16", "fp16"):
+            loss = last_loss(module, precision)
+            assert abs(loss / expected - 1) < 0.02, (module, precision, loss, expected)
+
+
+def test_precision_is_used():
+    """A step computes in the type asked for and in fp32, and with no tensor in fp64."""
+    for module, flags in [(classifier, TINY), (diffusion, SMALL)]:
+        for name, dtype in module.PRECISIONS.items():
+            with small_run(module) as (monkey, out):
+                without_results(module, monkey)
+                monkey(module, "validate", no_scores)
+                command = [*flags, "--batch-size", 10, "--precision", name]
+                with Operations() as seen:
+                    run(module, *command, "--steps", 2, "--out", out)
+            assert seen.dtypes == {torch.float32, dtype}, (module, name, seen.dtypes)
+
+
+def test_scaler():
+    """In fp16 the loss is scaled, and the checkpoint knows how much: a stopped run goes
+    on to the bit. Steps whose gradients overflow change no weight, and halve the scale.
+    A run in another precision can be resumed in fp16."""
+    calls = [(classifier, "augment", TINY), (diffusion, "update_ema", SMALL)]
+    for module, call, flags in calls:
+        with small_run(module, train=60) as (monkey, root):
+            without_results(module, monkey)
+            monkey(module, "validate", no_scores)
+            flags = [*flags, "--batch-size", 10, "--steps", 6]
+            half = [*flags, "--precision", "fp16"]
+            run(module, *half, "--out", root / "whole")
+            interrupted(module, call, 4, *half, "--out", root / "parts")
+            run(module, *half, "--out", root / "parts")
+            state = load_state(root / "parts")
+            expected = load_state(root / "whole")
+            for key in ("net", "optimiser", "scaler"):
+                assert same(state[key], expected[key]), key
+            assert state["scaler"]["scale"] > 1
+
+            # So large a scale that each of the last two steps overflows.
+            interrupted(module, call, 4, *half, "--out", root / "large")
+            state = load_state(root / "large")
+            before = state["net"]
+            state["scaler"]["scale"] = 2.0**120
+            torch.save(state, root / "large" / "checkpoint.pt")
+            run(module, *half, "--out", root / "large")
+            state = load_state(root / "large")
+            assert state["step"] == 6
+            assert state["scaler"]["scale"] == 2.0**118
+            for name, weight in before.items():
+                if not name.endswith(("running_mean", "running_var", "tracked")):
+                    assert torch.equal(state["net"][name], weight), name
+
+            interrupted(module, call, 4, *flags, "--out", root / "other")
+            assert load_state(root / "other")["scaler"] == {}
+            run(module, *half, "--out", root / "other")
+            assert load_state(root / "other")["scaler"]["scale"] > 1
+
+
+# --------------------------------------------------------------------------------------
+# Compilation, memory, Apple's GPUs
+# --------------------------------------------------------------------------------------
+
+
+def compiled_graphs():
+    """How many graphs torch.compile has made since it was reset."""
+    return counters["stats"]["unique_graphs"]
+
+
+def counting_graphs(module, monkey, names):
+    """name -> how many graphs torch.compile had made, in all, when that function of
+    `module` last returned."""
+    graphs = {}
+
+    def counted(name, function):
+        def wrapped(*args, **kwargs):
+            result = function(*args, **kwargs)
+            graphs[name] = counters["stats"]["unique_graphs"]
+            return result
+
+        return wrapped
+
+    for name in names:
+        monkey(module, name, counted(name, getattr(module, name)))
+    return graphs
+
+
+def test_compilations():
+    """One graph for training, and one for each thing that a network does besides,
+    though batches have several sizes: the classifier measures; the averaged network
+    validates and samples. The trials at the start cost none of their own."""
+    compile_module = torch.nn.Module.compile
+
+    def without_a_compiler(net):
+        compile_module(net, backend="eager")
+
+    small = [*SMALL, "--count", 70]
+    cases = [
+        (classifier, TINY, dict(compile_network=2, evaluate=2)),
+        (diffusion, small, dict(compile_network=2, validate=2, generate=3)),
+    ]
+    for module, flags, expected in cases:
+        torch._dynamo.reset()
+        counters.clear()
+        with small_run(module, train=1400, test=768) as (monkey, out):
+            monkey(torch.nn.Module, "compile", without_a_compiler)
+            graphs = counting_graphs(module, monkey, expected)
+            flags = [*flags, "--batch-size", 300, "--compile", "on", "--steps", 6]
+            run(module, *flags, "--eval-every", 3, "--out", out)
+        assert graphs == expected
+    torch._dynamo.reset()
+
+
+def test_out_of_memory():
+    """Where memory runs out, the run ends in one line that says which flags to change;
+    other errors inside torch stay what they are."""
+
+    def too_large(*args, **kwargs):
+        torch.empty(2**50)
+
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    for module, flags in [(classifier, TINY), (diffusion, SMALL)]:
+        for failure in (too_large, no_room):
+            with small_run(module) as (monkey, out):
+                monkey(torch.nn.utils, "clip_grad_norm_", failure)
+                message = refused(module, *flags, "--out", out)
+            assert "--batch-size" in message
+            assert "--max-lr" in message
+            assert "\n" not in message
+        with small_run(module) as (monkey, out):
+            monkey(torch.nn.utils, "clip_grad_norm_", broken)
+            raised(RuntimeError, run, module, *flags, "--out", out)
+
+
+def operation_table():
+    """torch's own table of operations, name -> entry."""
+    path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    table = {}
+    for entry in re.split(r"\n(?=- func: )", path.read_text(encoding="utf-8")):
+        name = re.match(r"- func: ([\w.]+)\(", entry)
+        if name:
+            table[name[1]] = entry
+    return table
+
+
+def runs_on_mps(name, table):
+    """Whether an operation has a kernel for Apple's GPUs, or is made of others."""
+    entry = table[name]
+    delegate = re.search(r"structured_delegate: ([\w.]+)", entry)
+    if delegate:
+        return runs_on_mps(delegate[1], table)
+    _, _, dispatch = entry.partition("dispatch:")
+    keys = re.findall(r"\w+(?=[\w, ]*:)", dispatch)
+    return not dispatch or "MPS" in keys or any("Composite" in key for key in keys)
+
+
+def test_mps_has_kernels():
+    """Each operation of a short run of either script, training, measuring, sampling and
+    neighbours, has a kernel for Apple's GPUs by torch's own table."""
+    table = operation_table()
+    assert not runs_on_mps("_scaled_dot_product_flash_attention_for_cpu", table)
+    for module, flags in [(classifier, TINY), (diffusion, SMALL)]:
+        names = set()
+        with small_run(module) as (_, out):
+            with Operations() as seen:
+                run(module, *flags, "--steps", 2, "--out", out)
+        for operation in seen.names:
+            # Attention chooses its kernel by device.
+            if "flash_attention_for_cpu" in operation or "profiler" in operation:
+                continue
+            names.add(operation)
+            assert runs_on_mps(operation, table), operation
+        assert len(names) > 80
 
 
 # --------------------------------------------------------------------------------------
