@@ -1269,7 +1269,10 @@ def load_checkpoint(path, settings=None, checksum=None):
 
         # weights_only: a file from elsewhere may hold data, but no code that would run.
         state = torch.load(path, map_location="cpu", weights_only=True)
-        made = dataclasses.asdict(Settings(**state["settings"]))
+        made = state["settings"]
+        if list(made) != [field.name for field in dataclasses.fields(Settings)]:
+            raise ValueError("of another version of this script")
+        Settings(**made)
 
         if settings is not None:
             for name, value in dataclasses.asdict(settings).items():
@@ -1370,7 +1373,7 @@ def choose_precision(device, name="auto"):
     if name != "auto":
         return PRECISIONS[name], "as asked for"
     if device.type != "cuda":
-        return torch.float32, "as always off CUDA"
+        return torch.float32, "as always outside CUDA"
     if torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.bfloat16, "which this GPU computes with"
     if torch.cuda.get_device_capability(device) >= (7, 0):

@@ -2270,6 +2270,7 @@ def fake_cuda(module, precision):
         monkey(torch.Tensor, "pin_memory", pinned_copy)
         monkey(torch.cuda, "is_available", lambda: True)
         monkey(torch.cuda, "is_bf16_supported", lambda *args: True)
+        monkey(torch.nn.utils.clip_grad, "_has_foreach_support", lambda *args: True)
         with FakeCuda() as mode:
             yield monkey, mode
     classifier.pixel_sources.cache_clear()
@@ -2330,6 +2331,7 @@ def test_training_never_waits():
             groups = 2 if module is classifier else 1
             assert launches["_fused_adamw_"] == 3 * groups
             assert launches["addcdiv_"] == launches["_foreach_addcdiv_"] == 0
+            assert launches["_foreach_norm"] == launches["_foreach_mul_"] == 3
             scaled = precision == torch.float16
             assert launches["_amp_update_scale_"] == 3 * scaled
             if module is diffusion:
