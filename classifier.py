@@ -1606,6 +1606,9 @@ def parse(argv):
     return mode, given
 
 
+THIS_MACHINE = dict(device="auto", compile="auto", precision="auto")
+
+
 def run(argv):
     """What `python classifier.py ARGV` does; returns the mode's result. Raises what the
     mode raises."""
@@ -1619,7 +1622,7 @@ def run(argv):
     # A checkpoint knows how it was made, but not on which machine we are.
     path = choose_settings(**given).folder() / "checkpoint.pt"
     made = load_checkpoint(path)["settings"]
-    return evaluate_checkpoint(Settings(**{**made, "device": "auto", **given}))
+    return evaluate_checkpoint(Settings(**{**made, **THIS_MACHINE, **given}))
 
 
 LESS_MEMORY = (

@@ -1984,6 +1984,9 @@ def parse(argv):
     return mode, given
 
 
+THIS_MACHINE = dict(device="auto", compile="auto", precision="auto")
+
+
 def run(argv):
     """What `python diffusion.py ARGV` does; returns the mode's result. Raises what the
     mode raises."""
@@ -1998,7 +2001,7 @@ def run(argv):
     # machine we are; and `--classes` is of one command only.
     path = choose_settings(**given).folder() / "checkpoint.pt"
     made = load_checkpoint(path)["settings"]
-    settings = Settings(**{**made, "device": "auto", "classes": "", **given})
+    settings = Settings(**{**made, **THIS_MACHINE, "classes": "", **given})
     count = settings.fid_count if mode == "fid" else settings.count
     net, names = open_network(settings, count)
     if mode == "sample":
