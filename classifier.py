@@ -7,6 +7,7 @@ from the top:
     python classifier.py                  train on CIFAR-100 (downloaded if not in ./data)
     python classifier.py --data shapes    the same on drawn shapes: no download, no GPU
     python classifier.py eval             measure the trained network, on the test set too
+    python classifier.py predict FILE...  the likeliest classes of pictures of your own
     python classifier.py lr-find          learning-rate range test
     python classifier.py --help           all settings
 
@@ -66,7 +67,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont, ImageOps
 from torchvision.transforms.v2 import functional as transform
 
 DATASET = torchvision.datasets.CIFAR100
@@ -103,6 +104,7 @@ class Settings:
     data: str = setting("data", "folder of the data set, downloaded if none; or: shapes")
     out: str = setting("", "folder to write to; empty: runs/classifier-<data set>")
     holdout: int = setting(0, "training pictures to validate on; 0: the test set", 0, 25_000)
+    weights: str = setting("", "file of weights: to measure, predict with, export to")
     seed: int = setting(0, "decides weights, data order, augmentation", 0, 2**31)
 
     # Where it runs. A device changes how numbers are rounded, and with them the last digits.
@@ -129,7 +131,7 @@ class Settings:
     block: str = setting("llama", "kind of encoder layer", choices=("llama", "gpt2"))
     activation: str = setting("silu", "in all layers", choices=("silu", "gelu", "relu"))
     layers: int = setting(4, "how often the encoder layer is applied", 0, 6)
-    weights: str = setting("tied", "of encoder layers", choices=("tied", "untied"))
+    tied: str = setting("on", "one encoder layer, each time", choices=("on", "off"))
     positions: str = setting("fourier", "position codes", choices=("fourier", "learned", "none"))
     downsample: str = setting("max-pool", "how to shrink", choices=("max-pool", "strided"))
     width: int = setting(0, "channels D; 0: as many as the budget allows", 0, 4096)
@@ -149,10 +151,16 @@ class Settings:
         name = "shapes" if self.data == "shapes" else DATASET.__name__.lower()
         return Path(self.out or f"runs/classifier-{name}")
 
+    def checkpoint(self):
+        """The file with the network to use: `weights`, or what training wrote."""
+        return Path(self.weights or self.folder() / "checkpoint.pt")
+
 
 # These don't shape what is learned, so they may change when a run is resumed. (The
 # pictures themselves are compared by checksum, wherever they lie.)
-FREE_TO_CHANGE = "data out device compile precision log_every eval_every recipe".split()
+FREE_TO_CHANGE = (
+    "data out weights device compile precision log_every eval_every recipe"
+).split()
 
 # The drawn shapes are learned in minutes, on a CPU too: defaults in their case.
 SHAPES = dict(steps=250, batch_size=128, eval_every=125)
@@ -308,7 +316,7 @@ class Classifier(nn.Module):
         width=80,
         *,
         layers=4,
-        weights="tied",
+        tied=True,
         block="llama",
         activation="silu",
         positions="fourier",
@@ -354,7 +362,7 @@ class Classifier(nn.Module):
         # has 64,160 weights; four layers of their own would need 256,640. Tying is not
         # free depth, though: all applications must make do with the same weights.
         distinct = layers
-        if weights == "tied" and layers > 0:
+        if tied and layers > 0:
             distinct = 1
         self.layers = layers
         self.encoder = nn.ModuleList()
@@ -833,6 +841,7 @@ def train(settings, command="python classifier.py"):
                     log.write_files()
                     progress = dict(step=step, position=position, order=order)
                     progress.update(random=torch.get_rng_state(), scaler=scaler.state_dict())
+                    progress.update(mean=mean, std=std, command=command)
                     save_checkpoint(path, settings, data, parts, progress)
                 log.start_clock(step)
 
@@ -952,21 +961,55 @@ def report(net, data, settings, mean, std, precision=torch.float32, with_test=Fa
 
 
 def evaluate_checkpoint(settings):
-    """Measure the network of settings.folder() again, on the test set too; returns the
-    result as text. Raises ValueError or OSError as train does."""
+    """Measure the network of settings.checkpoint() again, on the test set too; returns
+    the result as text. Raises ValueError or OSError as train does."""
     device, precision, out = set_up(settings)
     data = load_data(settings.data, settings.holdout, device)
     mean, std = channel_statistics(data.train_x)
 
     net = build_network(settings, len(data.names), device)
-    state = load_checkpoint(out / "checkpoint.pt", settings, data.checksum)
+    path = settings.checkpoint()
+    state = load_checkpoint(path, settings, data.checksum)
     restore(dict(net=net), state)
-    print(f"{out / 'checkpoint.pt'}: {state['step']:,} of {settings.steps:,} steps done")
+    print(f"{path}: {state['step']:,} of {settings.steps:,} steps done")
 
     result = report(net, data, settings, mean, std, precision, with_test=True)
     draw_predictions(out / "predictions.png", net, data, mean, std, precision)
     print(result)
     return result
+
+
+def open_picture(path, side=32):
+    """A picture file as the network sees pictures: the largest square in its middle, in
+    colour, shrunk to uint8 (1,3,side,side). Raises OSError if it can't be read."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    small = ImageOps.fit(upright, (side, side))
+    return transform.pil_to_tensor(small)[None]
+
+
+def predict(settings, paths):
+    """Print the five likeliest classes of each picture file, with their shares; returns
+    the likeliest names. The network knows its own classes only, and no "none of these".
+    Raises ValueError or OSError, with a readable message."""
+    device = choose_device(settings.device)
+    state = load_checkpoint(settings.checkpoint(), settings)
+    names = state["names"]
+    net = build_network(settings, len(names), device).eval()
+    restore(dict(net=net), state)
+    mean = state["mean"].to(device)
+    std = state["std"].to(device)
+
+    found = []
+    for path in paths:
+        x = open_picture(path).to(device)
+        with torch.no_grad():
+            shares = net(normalise(x, mean, std)).softmax(dim=1)[0]  # (classes,)
+        best = shares.argsort(descending=True)[:5].tolist()
+        listed = ", ".join(f"{names[i]} {shares[i].item():.1%}" for i in best)
+        print(f"{path}: {listed}")
+        found.append(names[best[0]])
+    return found
 
 
 # ======================================================================================
@@ -1302,6 +1345,39 @@ def restore(parts, state):
             raise unusable(f"the {name} of the checkpoint", error) from error
 
 
+def export(settings):
+    """Write the network of a run to settings.weights, without what only training needs:
+    weights as fp16, class names, settings, and `about`, which says where it is from.
+    Returns the path; raises ValueError or OSError, with a readable message."""
+    path = Path(settings.weights or ".weights/classifier.pt")
+    source = settings.folder() / "checkpoint.pt"
+    state = load_checkpoint(source)
+    if "log" not in state or not state["log"]["rows"]:
+        raise ValueError(f"{source} was not written by a training")
+
+    # A file for others says nothing of where the data lay on this machine.
+    kept = {name: state[name] for name in ("step", "names", "checksum", "mean", "std")}
+    kept["settings"] = {**state["settings"], "out": "", "weights": ""}
+    if settings.data != "shapes":
+        kept["settings"]["data"] = "data"
+
+    kept["net"] = {}
+    for name, value in state["net"].items():
+        kept["net"][name] = value.half() if value.is_floating_point() else value
+
+    kind = "held-out" if state["settings"]["holdout"] else "test"
+    kept["about"] = dict(
+        command=state["command"],
+        date=datetime.date.fromtimestamp(source.stat().st_mtime).isoformat(),
+        result=f"{kind} accuracy {state['log']['rows'][-1]['val_acc']:.2%}",
+        licence="MIT",
+    )
+    make_folder(path.parent)
+    torch.save(kept, path)
+    print(f"{path}: {path.stat().st_size:,} bytes, {kept['about']}")
+    return path
+
+
 class Stopped(Exception):
     """Training was stopped by the signal `number`, and everything is saved."""
 
@@ -1424,8 +1500,9 @@ def build_network(settings, classes, device="cpu"):
     """The Classifier of `settings` on the device, its weights drawn from their seed; at
     the given width, or else at the largest that the budget allows, in steps of 8.
     Raises ValueError for a width that no network can have."""
-    names = ("layers", "weights", "block", "activation", "positions", "downsample", "stem")
+    names = ("layers", "block", "activation", "positions", "downsample", "stem")
     variant = {name: getattr(settings, name) for name in names}
+    variant.update(tied=settings.tied == "on")
     width = settings.width or widest_that_fits(classes, variant)
     torch.manual_seed(settings.seed)
     net = Classifier(classes, width, **variant)
@@ -1584,16 +1661,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """(mode, dict of the settings that `argv` gives). Raises ValueError, with a
-    readable message."""
+    """(mode, list of picture files, dict of the settings that `argv` gives). Raises
+    ValueError, with a readable message."""
     parser = Parser(
         "classifier.py",
         description=__doc__.split("\n\n")[0],
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    modes = ["train", "eval", "lr-find"]
+    modes = ["train", "eval", "predict", "lr-find", "export"]
     parser.add_argument("mode", nargs="?", choices=modes, default="train")
+    parser.add_argument("pictures", nargs="*", help="files to predict the classes of")
     for field in dataclasses.fields(Settings):
         parser.add_argument(
             "--" + field.name.replace("_", "-"),
@@ -1603,7 +1681,10 @@ def parse(argv):
         )
     given = vars(parser.parse_args(argv))
     mode = given.pop("mode")
-    return mode, given
+    pictures = given.pop("pictures", [])
+    if (mode == "predict") != bool(pictures):
+        raise ValueError("predict, and no other mode, wants picture files after it")
+    return mode, pictures, given
 
 
 THIS_MACHINE = dict(device="auto", compile="auto", precision="auto")
@@ -1612,17 +1693,23 @@ THIS_MACHINE = dict(device="auto", compile="auto", precision="auto")
 def run(argv):
     """What `python classifier.py ARGV` does; returns the mode's result. Raises what the
     mode raises."""
-    mode, given = parse(argv)
+    mode, pictures, given = parse(argv)
     if mode == "lr-find":
         return find_learning_rate(choose_settings(**given))
+    if mode == "export":
+        return export(choose_settings(**given))
     if mode == "train":
+        if given.get("weights"):
+            raise ValueError("--weights: training begins anew, or with its checkpoint")
         command = "python classifier.py " + shlex.join(argv)
         return train(choose_settings(**given), command)
 
     # A checkpoint knows how it was made, but not on which machine we are.
-    path = choose_settings(**given).folder() / "checkpoint.pt"
-    made = load_checkpoint(path)["settings"]
-    return evaluate_checkpoint(Settings(**{**made, **THIS_MACHINE, **given}))
+    made = load_checkpoint(choose_settings(**given).checkpoint())["settings"]
+    settings = Settings(**{**made, **THIS_MACHINE, **given})
+    if mode == "predict":
+        return predict(settings, pictures)
+    return evaluate_checkpoint(settings)
 
 
 LESS_MEMORY = (

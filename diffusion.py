@@ -119,6 +119,7 @@ class Settings:
     # Where pictures come from and results go to.
     data: str = setting("data", "folder of the data set, downloaded if none; or: shapes")
     out: str = setting("", "folder to write to; empty: runs/diffusion-<data set>")
+    weights: str = setting("", "file of weights: to draw with, or to export to")
     seed: int = setting(0, "of training: weights, data order, noise", 0, 2**31)
 
     # Where it runs. A device changes how numbers are rounded, and with them the last digits.
@@ -178,11 +179,15 @@ class Settings:
         name = "shapes" if self.data == "shapes" else DATASET.__name__.lower()
         return Path(self.out or f"runs/diffusion-{name}")
 
+    def checkpoint(self):
+        """The file with the network to use: `weights`, or what training wrote."""
+        return Path(self.weights or self.folder() / "checkpoint.pt")
+
 
 # These don't shape the trained network, so they may change when a run is resumed. (The
 # pictures themselves are compared by checksum, wherever they lie.)
 FREE_TO_CHANGE = (
-    "data out device compile precision log_every eval_every grid_every recipe "
+    "data out weights device compile precision log_every eval_every grid_every recipe "
     "sample_schedule sample_steps eta guidance clip_x0 classes count sample_seed "
     "sample_batch fid_count inception"
 ).split()
@@ -799,7 +804,7 @@ def train(settings, command="python diffusion.py"):
                     log.write_files()
                     progress = dict(step=step, position=position, order=order, times=times)
                     progress.update(random=random.get_state(), device=device.type)
-                    progress.update(scaler=scaler.state_dict())
+                    progress.update(scaler=scaler.state_dict(), command=command)
                     save_checkpoint(path, settings, data, parts, progress)
                 if drawing:
                     save_class_grid(settings, ema_net, data.names, step)
@@ -1426,12 +1431,11 @@ def show_results(settings, net, data, step):
 
 
 def open_network(settings, count):
-    """(averaged network, class names) from the checkpoint in settings.folder(), to draw
-    `count` samples with. Needs no data set. Raises ValueError or OSError, with a readable
+    """(averaged network, class names) from settings.checkpoint(), to draw `count`
+    samples with. Needs no data set. Raises ValueError or OSError, with a readable
     message."""
-    device, precision, out = set_up(settings)
-    path = out / "checkpoint.pt"
-    state = load_checkpoint(path, settings)
+    device, precision, _ = set_up(settings)
+    state = load_checkpoint(settings.checkpoint(), settings)
     net = build_network(settings, len(state["names"]), device).requires_grad_(False)
     restore(dict(ema=net), state)
 
@@ -1676,6 +1680,35 @@ def restore(parts, state):
             part.load_state_dict(state[name])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise unusable(f"the {name} of the checkpoint", error) from error
+
+
+def export(settings):
+    """Write the averaged network of a run to settings.weights, without what only
+    training needs: weights as fp16, class names, settings, and `about`, which says where
+    it is from. Returns the path; raises ValueError or OSError, with a readable message.
+    """
+    path = Path(settings.weights or ".weights/diffusion.pt")
+    source = settings.folder() / "checkpoint.pt"
+    state = load_checkpoint(source)
+    if "log" not in state or not state["log"]["rows"]:
+        raise ValueError(f"{source} was not written by a training")
+
+    # A file for others says nothing of where the data lay on this machine.
+    kept = {name: state[name] for name in ("step", "names", "checksum")}
+    kept["settings"] = {**state["settings"], "out": "", "weights": ""}
+    if settings.data != "shapes":
+        kept["settings"]["data"] = "data"
+    kept["ema"] = {name: value.half() for name, value in state["ema"].items()}
+    kept["about"] = dict(
+        command=state["command"],
+        date=datetime.date.fromtimestamp(source.stat().st_mtime).isoformat(),
+        result=f"validation loss {state['log']['rows'][-1]['val_loss']:.4f}",
+        licence="MIT",
+    )
+    make_folder(path.parent)
+    torch.save(kept, path)
+    print(f"{path}: {path.stat().st_size:,} bytes, {kept['about']}")
+    return path
 
 
 class Stopped(Exception):
@@ -1970,7 +2003,7 @@ def parse(argv):
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    modes = ["train", "sample", "interpolate", "neighbours", "fid", "schedules"]
+    modes = "train sample interpolate neighbours fid schedules export".split()
     parser.add_argument("mode", nargs="?", choices=modes, default="train")
     for field in dataclasses.fields(Settings):
         parser.add_argument(
@@ -1991,7 +2024,11 @@ def run(argv):
     """What `python diffusion.py ARGV` does; returns the mode's result. Raises what the
     mode raises."""
     mode, given = parse(argv)
+    if mode == "export":
+        return export(choose_settings(**given))
     if mode == "train":
+        if given.get("weights"):
+            raise ValueError("--weights: training begins anew, or with its checkpoint")
         command = "python diffusion.py " + shlex.join(argv)
         return train(choose_settings(**given), command)
     if mode == "schedules":
@@ -1999,8 +2036,7 @@ def run(argv):
 
     # The others start from a checkpoint, which knows how it was made, but not on which
     # machine we are; and `--classes` is of one command only.
-    path = choose_settings(**given).folder() / "checkpoint.pt"
-    made = load_checkpoint(path)["settings"]
+    made = load_checkpoint(choose_settings(**given).checkpoint())["settings"]
     settings = Settings(**{**made, **THIS_MACHINE, "classes": "", **given})
     count = settings.fid_count if mode == "fid" else settings.count
     net, names = open_network(settings, count)

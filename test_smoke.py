@@ -184,9 +184,9 @@ def same(first, second):
     return first == second
 
 
-def load_state(out):
+def load_state(out, name="checkpoint.pt"):
     """The contents of the checkpoint in a run's folder."""
-    return torch.load(Path(out) / "checkpoint.pt", weights_only=True)
+    return torch.load(Path(out) / name, weights_only=True)
 
 
 def log_column(out, name):
@@ -379,7 +379,7 @@ VARIANTS = [
     dict(block="gpt2"),
     dict(activation="gelu"),
     dict(activation="relu"),
-    dict(weights="untied"),
+    dict(tied="off"),
     dict(positions="learned"),
     dict(positions="none"),
     dict(downsample="strided"),
@@ -462,7 +462,7 @@ def test_variants_step():
         net = widest(**variant)
         width = stem_width(net)
         assert parameter_count(net) < 100_000
-        wider = classifier.Classifier(**variant, width=width + 8)
+        wider = widest(**variant, width=width + 8)
         assert parameter_count(wider) >= 100_000, (variant, width)
 
         optimiser = classifier.make_optimiser(net, 0.1)
@@ -492,7 +492,7 @@ def test_tying_is_real():
     hook.remove()
 
     # Four layers of their own, all with these weights, compute the same.
-    untied = classifier.Classifier(width=16, weights="untied").eval()
+    untied = classifier.Classifier(width=16, tied=False).eval()
     for own in untied.encoder:
         own.load_state_dict(net.encoder[0].state_dict())
     others = {}
@@ -1072,6 +1072,88 @@ def test_holdout_and_eval():
         again, _ = run(classifier, "eval", "--data", "shapes", "--out", out)
         assert again.startswith(result)
         assert "test: " in again[len(result) :]
+
+
+def check_export(module, out, part, *flags):
+    """Export the run in `out`: half of the weights' bytes and no more, with its origin.
+    Returns the path; a copy without its end, and a file of the other script, are
+    refused."""
+    path = out / "given" / "weights.pt"
+    run(module, "export", *flags, "--out", out, "--weights", path)
+    state = load_state(path.parent, path.name)
+    assert "optimiser" not in state
+    assert set(state["about"]) == {"command", "date", "result", "licence"}
+    assert module.__name__ in state["about"]["command"]
+    assert str(out) not in str(state["settings"])
+
+    trained = load_state(out)[part]
+    for name, value in state[part].items():
+        if value.is_floating_point():
+            assert value.dtype == torch.float16
+            assert_close(value.float(), trained[name], rtol=1e-3, atol=1e-6)
+    return path
+
+
+def test_exported_classifier():
+    """The exported weights, on a machine without the run: `eval` measures what training
+    measured, `predict` names picture files without a data set; bad files are refused in
+    a line."""
+    with small_run(classifier, train=1000) as (monkey, out):
+        flags = [*TINY, "--steps", 40, "--max-lr", 0.02]
+        trained, _ = run(classifier, *flags, "--out", out)
+        path = check_export(classifier, out, "net", "--data", "shapes")
+        here = ["--weights", path, "--out", out / "other"]
+        result, _ = run(classifier, "eval", *here)
+        pattern = r"val acc: ([0-9.]+)"
+        measured = [float(re.search(pattern, text)[1]) for text in (trained, result)]
+        assert abs(measured[0] - measured[1]) < 0.01, measured
+
+        # A picture of 32 x 32 is taken as it is; a larger one, of any shape, is shrunk.
+        x, _, names = classifier.draw_shapes(1, seed=2)
+        x = x[:1]
+        pixels = x[0].permute(1, 2, 0).numpy()
+        small = out / "small.png"
+        wide = out / "wide.jpg"
+        Image.fromarray(pixels).save(small)
+        Image.fromarray(pixels).resize((90, 60)).convert("L").save(wide)
+        assert torch.equal(classifier.open_picture(small), x)
+        assert classifier.open_picture(wide).shape == (1, 3, 32, 32)
+
+        monkey(classifier, "load_data", None)
+        guesses, text = run(classifier, "predict", small, wide, *here)
+        assert all(guess in names for guess in guesses)
+        first = text.splitlines()[0]
+        assert first.startswith(f"{small}: {guesses[0]} ")
+        shares = [float(share) for share in re.findall(r"([0-9.]+)%", first)]
+        assert len(shares) == 5
+        assert shares == sorted(shares, reverse=True)
+
+        (out / "text.png").write_text("no picture")
+        assert "text.png" in refused(classifier, "predict", out / "text.png", *here)
+        assert "none.png" in refused(classifier, "predict", out / "none.png", *here)
+        assert "picture files" in refused(classifier, "predict", *here)
+        assert "picture files" in refused(classifier, "eval", small, *here)
+        assert "--weights" in refused(classifier, *TINY, *here)
+        path.write_bytes(path.read_bytes()[:-100])
+        assert "can't use" in refused(classifier, "predict", small, *here)
+
+
+def test_exported_diffusion():
+    """The exported averaged weights draw, without run and data set, what the checkpoint
+    draws, but for the rounding."""
+    with small_run(diffusion) as (monkey, out):
+        monkey(diffusion, "show_results", nothing)
+        run(diffusion, *SMALL, "--steps", 3, "--out", out)
+        path = check_export(diffusion, out, "ema", "--data", "shapes")
+        monkey(diffusion, "load_data", None)
+        expected, _ = run(diffusion, "sample", "--data", "shapes", "--out", out)
+        here = ["--weights", path, "--out", out / "other"]
+        x, _ = run(diffusion, "sample", *here)
+        assert (x.float() - expected.float()).abs().mean() < 0.5
+        run(diffusion, "interpolate", *here)
+        assert (out / "other" / "interpolations.png").exists()
+        assert not (out / "other" / "checkpoint.pt").exists()
+        assert "--weights" in refused(diffusion, *SMALL, *here)
 
 
 def test_lr_find():
