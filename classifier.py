@@ -214,8 +214,9 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         # Under autocast x is bf16 and the gain fp32, for which torch has no fused kernel.
-        gain = self.weight.to(x.dtype)
-        return F.rms_norm(x, self.normalized_shape, gain, self.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            gain = self.weight.to(x.dtype)
+            return F.rms_norm(x, self.normalized_shape, gain, self.eps)
 
 
 class Attention(nn.Module):
@@ -511,11 +512,11 @@ def load_data(source, holdout=0, device="cpu"):
 
 
 def to_device(x, device):
-    """x on the device, without the host waiting for it: a GPU fetches pinned memory by
+    """x on the device, without the host waiting for it: CUDA fetches pinned memory by
     itself, when its turn comes."""
     if device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 OPERATIONS = (
@@ -936,7 +937,7 @@ def report(net, data, settings, mean, std, precision=torch.float32, with_test=Fa
 
     # The same augmentation whenever this is asked, and training's own chance untouched.
     operations, magnitude = settings.randaugment_ops, settings.randaugment_magnitude
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         parts = [augment(x, operations, magnitude) for x in data.train_x.split(EVAL_BATCH)]
     smoothing = settings.label_smoothing
@@ -1352,8 +1353,9 @@ def export(settings):
     path = Path(settings.weights or ".weights/classifier.pt")
     source = settings.folder() / "checkpoint.pt"
     state = load_checkpoint(source)
-    if "log" not in state or not state["log"]["rows"]:
-        raise ValueError(f"{source} was not written by a training")
+    rows = [row for row in state["log"]["rows"] if "val_loss" in row]
+    if not rows:
+        raise ValueError(f"{source} is of a training that has not been validated yet")
 
     # A file for others says nothing of where the data lay on this machine.
     kept = {name: state[name] for name in ("step", "names", "checksum", "mean", "std")}
@@ -1369,7 +1371,7 @@ def export(settings):
     kept["about"] = dict(
         command=state["command"],
         date=datetime.date.fromtimestamp(source.stat().st_mtime).isoformat(),
-        result=f"{kind} accuracy {state['log']['rows'][-1]['val_acc']:.2%}",
+        result=f"{kind} accuracy {rows[-1]['val_acc']:.2%}",
         licence="MIT",
     )
     make_folder(path.parent)
@@ -1470,6 +1472,7 @@ def set_up(settings):
     device = choose_device(settings.device)
     precision, why = choose_precision(device, settings.precision)
     out = make_folder(settings.folder())
+    torch.backends.cudnn.allow_tf32 = False  # what is said to be fp32 is fp32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"torch {torch.__version__} on {name}, {str(precision)[6:]} {why}")
     return device, precision, out
@@ -1726,8 +1729,9 @@ def main(argv=None):
     except (ValueError, OSError, AssertionError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        # CUDA, Apple's GPUs and the CPU each say it in their own words, all with this one.
-        if "memory" not in str(error):
+        # CUDA, its libraries, Apple's GPUs and the CPU each say it in their own words.
+        words = ("out of memory", "ALLOC_FAILED", "allocate memory", "not enough memory")
+        if not any(word in str(error) for word in words):
             raise
         sys.exit(f"error: {LESS_MEMORY}")
     except Stopped as stopped:

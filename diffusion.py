@@ -241,7 +241,7 @@ def sinusoidal_embedding(log_snr, width=64):
     ones order all levels, the short ones tell neighbours apart.
     """
     low, high = math.log10(0.02), math.log10(2)
-    frequency = torch.logspace(low, high, width // 2, device=log_snr.device)
+    frequency = 10 ** torch.linspace(low, high, width // 2, device=log_snr.device)
     angle = log_snr[:, None].float() * frequency  # (B,width/2)
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 
@@ -510,11 +510,11 @@ def load_data(source, device="cpu"):
 
 
 def to_device(x, device):
-    """x on the device, without the host waiting for it: a GPU fetches pinned memory by
+    """x on the device, without the host waiting for it: CUDA fetches pinned memory by
     itself, when its turn comes."""
     if device.type == "cuda":
-        x = x.pin_memory()
-    return x.to(device, non_blocking=True)
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def to_model(x):
@@ -666,13 +666,15 @@ def train(settings, command="python diffusion.py"):
     net = build_network(settings, len(data.names), device)
     x = to_model(data.train_x[: settings.batch_size])
     y = data.train_y[: settings.batch_size].clone()
-    compile_network(net, settings.compile, (x, y.float(), y), precision)
+    compile_network(net, settings.compile, [(x, y.float(), y)], precision)
 
     # The averaged network, which validates and samples, learns nothing by itself.
     ema_net = copy.deepcopy(net).eval().requires_grad_(False)
     x = to_model(data.test_x[:EVAL_BATCH])
     y = data.test_y[:EVAL_BATCH].clone()
-    compile_network(ema_net, settings.compile, (x, y.float(), y), precision)
+    sampling = sampler_example(ema_net, settings.sample_batch)
+    examples = [(x, y.float(), y), sampling]
+    compile_network(ema_net, settings.compile, examples, precision)
 
     # With no weight decay AdamW is Adam, as in [11]. With a second beta of 0.99 it
     # forgets large gradients sooner than with 0.999 (our choice). `fused` is one kernel
@@ -1421,8 +1423,8 @@ def show_results(settings, net, data, step):
     neighbours_mode(settings, net, data.names, data)
 
     # FID wants 10,000 samples, hours on a CPU, and has no meaning for drawn shapes.
-    if data.test_x.device.type == "cpu" or settings.data == "shapes":
-        print("FID is left out on a CPU, and of drawn shapes; the mode fid computes it")
+    if data.test_x.device.type != "cuda" or settings.data == "shapes":
+        print("FID is left out but on CUDA, and of drawn shapes; the mode fid computes it")
         return
     try:
         fid_mode(settings, net, data.names, data)
@@ -1441,10 +1443,8 @@ def open_network(settings, count):
 
     # Compiling takes a minute or so: too long for a few samples (our choice).
     if settings.compile == "on" or count >= 2000:
-        x = torch.zeros(2 * settings.sample_batch, 3, 32, 32, device=device)
-        levels = torch.zeros(len(x), device=device)
-        labels = net.embed(torch.zeros_like(levels).long())
-        compile_network(net, settings.compile, (x, levels, labels), precision)
+        examples = [sampler_example(net, settings.sample_batch)]
+        compile_network(net, settings.compile, examples, precision)
     return net, state["names"]
 
 
@@ -1690,8 +1690,9 @@ def export(settings):
     path = Path(settings.weights or ".weights/diffusion.pt")
     source = settings.folder() / "checkpoint.pt"
     state = load_checkpoint(source)
-    if "log" not in state or not state["log"]["rows"]:
-        raise ValueError(f"{source} was not written by a training")
+    rows = [row for row in state["log"]["rows"] if "val_loss" in row]
+    if not rows:
+        raise ValueError(f"{source} is of a training that has not been validated yet")
 
     # A file for others says nothing of where the data lay on this machine.
     kept = {name: state[name] for name in ("step", "names", "checksum")}
@@ -1702,7 +1703,7 @@ def export(settings):
     kept["about"] = dict(
         command=state["command"],
         date=datetime.date.fromtimestamp(source.stat().st_mtime).isoformat(),
-        result=f"validation loss {state['log']['rows'][-1]['val_loss']:.4f}",
+        result=f"validation loss {rows[-1]['val_loss']:.4f}",
         licence="MIT",
     )
     make_folder(path.parent)
@@ -1803,6 +1804,7 @@ def set_up(settings):
     device = choose_device(settings.device)
     precision, why = choose_precision(device, settings.precision)
     out = make_folder(settings.folder())
+    torch.backends.cudnn.allow_tf32 = False  # what is said to be fp32 is fp32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"torch {torch.__version__} on {name}, {str(precision)[6:]} {why}")
     return device, precision, out
@@ -1855,26 +1857,38 @@ def widest_that_fits(classes, variant):
         width += 8
 
 
-def compile_network(net, how, example, precision):
+def sampler_example(net, batch):
+    """Arguments like those with which guided_velocity calls `net` for `batch`
+    samples."""
+    device = next(net.parameters()).device
+    x = torch.zeros(2 * batch, 3, 32, 32, device=device)
+    levels = torch.zeros(2 * batch, device=device)
+    with torch.no_grad():
+        labels = net.embed(levels.long())
+    return x, levels, labels
+
+
+def compile_network(net, how, examples, precision):
     """torch.compile `net` in place, so that its weights keep their names, if `how` asks
     for it.
 
     Where torch.compile fails, it fails at the first call. So a copy goes first, forward
-    and, if its weights are trained, backward, with arguments like those to come; what
-    is compiled then serves the network itself. If the copy fails, one line says so and
-    all goes on without.
+    and, if its weights are trained, backward, with each of the `examples`, which are
+    arguments like those to come; what is compiled then serves the network itself. If
+    the copy fails, one line says so and all goes on without.
     """
-    device = example[0].device
+    device = next(net.parameters()).device
     if how == "off" or (how == "auto" and device.type != "cuda"):
         return
     trained = next(net.parameters()).requires_grad
     try:
         probe = copy.deepcopy(net)
         probe.compile()
-        with torch.set_grad_enabled(trained), autocast(device, precision):
-            v = probe(*example)
-        if trained:
-            v.sum().backward()
+        for example in examples:
+            with torch.set_grad_enabled(trained), autocast(device, precision):
+                v = probe(*example)
+            if trained:
+                v.sum().backward()
         net.compile()
     except Exception as error:  # a compiler can fail in any way
         print(f"going on without torch.compile: {type(error).__name__}: {str(error)[:200]}")
@@ -2066,8 +2080,9 @@ def main(argv=None):
     except (ValueError, OSError, AssertionError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        # CUDA, Apple's GPUs and the CPU each say it in their own words, all with this one.
-        if "memory" not in str(error):
+        # CUDA, its libraries, Apple's GPUs and the CPU each say it in their own words.
+        words = ("out of memory", "ALLOC_FAILED", "allocate memory", "not enough memory")
+        if not any(word in str(error) for word in words):
             raise
         sys.exit(f"error: {LESS_MEMORY}")
     except Stopped as stopped:
