@@ -1424,7 +1424,7 @@ def show_results(settings, net, data, step):
 
     # FID wants 10,000 samples, hours on a CPU, and has no meaning for drawn shapes.
     if data.test_x.device.type != "cuda" or settings.data == "shapes":
-        print("FID is left out but on CUDA, and of drawn shapes; the mode fid computes it")
+        print("no FID except on CUDA, nor of drawn shapes; the mode fid computes it anywhere")
         return
     try:
         fid_mode(settings, net, data.names, data)
