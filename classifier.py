@@ -1360,7 +1360,7 @@ def export(settings):
     # A file for others says nothing of where the data lay on this machine.
     kept = {name: state[name] for name in ("step", "names", "checksum", "mean", "std")}
     kept["settings"] = {**state["settings"], "out": "", "weights": ""}
-    if settings.data != "shapes":
+    if kept["settings"]["data"] != "shapes":
         kept["settings"]["data"] = "data"
 
     kept["net"] = {}

@@ -1697,7 +1697,7 @@ def export(settings):
     # A file for others says nothing of where the data lay on this machine.
     kept = {name: state[name] for name in ("step", "names", "checksum")}
     kept["settings"] = {**state["settings"], "out": "", "weights": ""}
-    if settings.data != "shapes":
+    if kept["settings"]["data"] != "shapes":
         kept["settings"]["data"] = "data"
     kept["ema"] = {name: value.half() for name, value in state["ema"].items()}
     kept["about"] = dict(

@@ -1076,9 +1076,8 @@ def test_holdout_and_eval():
 
 
 def check_export(module, out, part, *flags):
-    """Export the run in `out`: half of the weights' bytes and no more, with its origin.
-    Returns the path; a copy without its end, and a file of the other script, are
-    refused."""
+    """Export the run in `out`: its weights in half of the bytes, where they are from,
+    and nothing that only training needs or that names the folder. Returns the path."""
     path = out / "given" / "weights.pt"
     run(module, "export", *flags, "--out", out, "--weights", path)
     state = load_state(path.parent, path.name)
@@ -1086,6 +1085,7 @@ def check_export(module, out, part, *flags):
     assert set(state["about"]) == {"command", "date", "result", "licence"}
     assert module.__name__ in state["about"]["command"]
     assert str(out) not in str(state["settings"])
+    assert state["settings"]["data"] == "shapes"
 
     trained = load_state(out)[part]
     for name, value in state[part].items():
@@ -1103,7 +1103,7 @@ def test_exported_classifier():
     with small_run(classifier, train=1000) as (monkey, out):
         flags = [*TINY, "--steps", 40, "--max-lr", 0.02]
         trained, _ = run(classifier, *flags, "--out", out)
-        path = check_export(classifier, out, "net", "--data", "shapes")
+        path = check_export(classifier, out, "net")
         here = ["--weights", path, "--out", out / "other"]
         result, _ = run(classifier, "eval", *here)
         pattern = r"val acc: ([0-9.]+)"
@@ -1153,7 +1153,7 @@ def test_exported_diffusion():
     with small_run(diffusion) as (monkey, out):
         monkey(diffusion, "show_results", nothing)
         run(diffusion, *SMALL, "--steps", 3, "--out", out)
-        path = check_export(diffusion, out, "ema", "--data", "shapes")
+        path = check_export(diffusion, out, "ema")
         monkey(diffusion, "load_data", None)
         expected, _ = run(diffusion, "sample", "--data", "shapes", "--out", out)
         here = ["--weights", path, "--out", out / "other"]
