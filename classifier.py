@@ -49,6 +49,7 @@ For CIFAR-10, write CIFAR10 for CIFAR100 at DATASET: everything else follows fro
 """
 import argparse
 import copy
+import ctypes
 import dataclasses
 import datetime
 import functools
@@ -1469,6 +1470,7 @@ def set_up(settings):
     """What every mode begins with: (device, dtype of matrix products, folder to write
     to). Raises ValueError or OSError, with a readable message, where the device or the
     folder can't be had."""
+    keep_freed_memory()
     device = choose_device(settings.device)
     precision, why = choose_precision(device, settings.precision)
     out = make_folder(settings.folder())
@@ -1476,6 +1478,17 @@ def set_up(settings):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     print(f"torch {torch.__version__} on {name}, {str(precision)[6:]} {why}")
     return device, precision, out
+
+
+def keep_freed_memory():
+    """Let the C library of Linux keep freed memory for the next step. By itself it gives
+    large blocks back, and the system must clear every page of new ones: on a CPU a step
+    of the default batch took 1.75 times as long. Elsewhere this does nothing."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt:  # glibc's; the numbers are of its malloc.h
+            mallopt(-4, 0)  # M_MMAP_MAX: no block comes from the system by itself
+            mallopt(-1, -1)  # M_TRIM_THRESHOLD: none goes back
 
 
 def make_folder(path):
