@@ -1815,7 +1815,7 @@ def set_up(settings):
 def keep_freed_memory():
     """Let the C library of Linux keep freed memory for the next step. By itself it gives
     large blocks back, and the system must clear every page of new ones: on a CPU a step
-    of the default batch took 2.1 times as long. Elsewhere this does nothing."""
+    of the default batch took 1.4 times as long. Elsewhere this does nothing."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt:  # glibc's; the numbers are of its malloc.h
