@@ -2062,9 +2062,11 @@ def run(argv):
         return schedules_mode(choose_settings(**given))
 
     # The others start from a checkpoint, which knows how it was made, but not on which
-    # machine we are; and `--classes` is of one command only.
+    # machine we are; and `--classes` is of one command only. A recipe that is asked for
+    # must be its own.
     made = load_checkpoint(choose_settings(**given).checkpoint())["settings"]
-    settings = Settings(**{**made, **THIS_MACHINE, "classes": "", **given})
+    asked = PAPER if given.get("recipe") == "paper" else {}
+    settings = Settings(**{**made, **THIS_MACHINE, "classes": "", **asked, **given})
     count = settings.fid_count if mode == "fid" else settings.count
     net, names = open_network(settings, count)
     if mode == "sample":

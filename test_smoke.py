@@ -283,7 +283,7 @@ def test_layers_work_alone():
     assert one("depthwise_separable")(3, 8)(x).shape == (2, 8, 6, 4)
     assert one("Attention")(8)(tokens).shape == (2, 5, 8)
     assert one("GatedMLP")(8, 20)(tokens).shape == (2, 5, 8)
-    assert one("orthogonalise", "Muon")([torch.nn.Parameter(x)]).step() is None
+    assert one("orthogonalise", "MuonWithAdamW")([torch.nn.Parameter(x)]).step() is None
     assert one("RMSNorm")(8)(torch.ones(2, 8)).shape == (2, 8)
     assert one("fourier_positions")(6, 12).shape == (36, 12)
     draw = one("shape_distance", "draw_shapes")
@@ -1198,6 +1198,8 @@ def test_holdout_and_eval():
         assert "200 held-out pictures" in result
         assert "test" not in result
 
+        paper = refused(classifier, "eval", "--recipe", "paper", "--out", out)
+        assert "stem is residual, not plain" in paper
         again, _ = run(classifier, "eval", "--data", "shapes", "--out", out)
         assert again.startswith(result)
         assert "test: " in again[len(result) :]
@@ -1291,6 +1293,8 @@ def test_exported_diffusion():
         assert (out / "other" / "interpolations.png").exists()
         assert not (out / "other" / "checkpoint.pt").exists()
         assert "--weights" in refused(diffusion, *SMALL, *here)
+        paper = refused(diffusion, "sample", "--recipe", "paper", *here)
+        assert "modulate is on, not off" in paper
 
 
 def test_lr_find():
