@@ -14,9 +14,10 @@ from the top:
 A run writes one folder, runs/classifier-<data set>. Start the same command again and it goes
 on where it stopped.
 
-Result so far: 63.43 % test accuracy after 10,000 steps of 128, an eighth of the full batch, on
-one CPU core (76 minutes, seed 0, 2026-11-24, torch 2.14.1). The full budget, the first command,
-is meant for a GPU and has not been run yet. README.md has the log and the curve.
+Result so far: 66.59 and 66.26 % test accuracy (seeds 0 and 1) after 10,000 steps of 128, an
+eighth of the full batch, on one CPU core each (89 minutes, 2026-11-24, torch 2.14.1).
+The full budget, the first command, is meant for a GPU and has not been run yet. README.md has
+the log and the curve.
 
 The paper's Figure 1 with our widths (D = 80), which `--recipe paper` builds, in 98,804
 parameters:
@@ -67,6 +68,7 @@ import datetime
 import functools
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -152,7 +154,12 @@ class Settings:
     downsample: str = setting("max-pool", "how to shrink", choices=("max-pool", "strided"))
     width: int = setting(0, "channels D; 0: as many as the budget allows", 0, 4096)
 
-    # Beyond the paper, and on by default because they helped.
+    # Beyond the paper, and on by default because they helped. On 5,000 held-out pictures
+    # (seed 0) x + f(x) in the last two convolutions gained 5.2 points in 600 steps of
+    # 128. In 1,500 steps that had 44.5 %; at 16x16 with a single head 45.4 %, with Muon
+    # 49.8 %, with the local gate 50.7 %. After 10,000 steps of 128 the test accuracy is
+    # 66.4 % with all four (two seeds), and 61.9 % with none (one seed). What each gains
+    # by itself at that length is not known yet.
     stem: str = setting("residual", "last two convolutions", choices=("residual", "plain"))
     gate: str = setting("local", "gate of the llama MLP", choices=("local", "plain"))
     head: str = setting("single", "linear layers at the end", choices=("single", "pair"))
@@ -1477,7 +1484,7 @@ def export(settings):
 
     kind = "held-out" if state["settings"]["holdout"] else "test"
     kept["about"] = dict(
-        command=state["command"],
+        command=without_folders(state["command"]),
         date=datetime.date.fromtimestamp(source.stat().st_mtime).isoformat(),
         result=f"{kind} accuracy {rows[-1]['val_acc']:.2%}",
         licence="MIT",
@@ -1486,6 +1493,11 @@ def export(settings):
     torch.save(kept, path)
     print(f"{path}: {path.stat().st_size:,} bytes, {kept['about']}")
     return path
+
+
+def without_folders(command):
+    """A command line without the folders of the machine that it ran on."""
+    return re.sub(r" --(data|out)[ =](?!shapes)('[^']*'|\S+)", "", command)
 
 
 class Stopped(Exception):
@@ -1802,7 +1814,7 @@ def parse(argv):
             choices=field.metadata["choices"],
             help=f"{field.metadata['help']}; default {field.default!r}",
         )
-    given = vars(parser.parse_args(argv))
+    given = vars(parser.parse_intermixed_args(argv))  # files may stand after flags too
     mode = given.pop("mode")
     pictures = given.pop("pictures", [])
     if (mode == "predict") != bool(pictures):

@@ -72,6 +72,7 @@ import datetime
 import hashlib
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -1702,7 +1703,7 @@ def export(settings):
         kept["settings"]["data"] = "data"
     kept["ema"] = {name: value.half() for name, value in state["ema"].items()}
     kept["about"] = dict(
-        command=state["command"],
+        command=without_folders(state["command"]),
         date=datetime.date.fromtimestamp(source.stat().st_mtime).isoformat(),
         result=f"validation loss {rows[-1]['val_loss']:.4f}",
         licence="MIT",
@@ -1711,6 +1712,11 @@ def export(settings):
     torch.save(kept, path)
     print(f"{path}: {path.stat().st_size:,} bytes, {kept['about']}")
     return path
+
+
+def without_folders(command):
+    """A command line without the folders of the machine that it ran on."""
+    return re.sub(r" --(data|out)[ =](?!shapes)('[^']*'|\S+)", "", command)
 
 
 class Stopped(Exception):

@@ -1213,7 +1213,11 @@ def check_export(module, out, part, *flags):
     state = load_state(path.parent, path.name)
     assert "optimiser" not in state
     assert set(state["about"]) == {"command", "date", "result", "licence"}
-    assert module.__name__ in state["about"]["command"]
+    command = f"python {module.__name__}.py --data shapes"
+    assert state["about"]["command"].startswith(command)
+    assert str(out) not in state["about"]["command"]
+    folders = "python x.py --out 'my runs/1' --seed 3 --data=/data --steps 5"
+    assert module.without_folders(folders) == "python x.py --seed 3 --steps 5"
     assert str(out) not in str(state["settings"])
     assert state["settings"]["data"] == "shapes"
 
@@ -1253,6 +1257,8 @@ def test_exported_classifier():
 
         monkey(classifier, "load_data", None)
         guesses, text = run(classifier, "predict", small, wide, *here)
+        again, _ = run(classifier, "predict", *here, small, wide)
+        assert again == guesses
         assert all(guess in names for guess in guesses)
         first = text.splitlines()[0]
         assert first.startswith(f"{small}: {guesses[0]} ")
