@@ -755,8 +755,11 @@ def orthogonalise(matrix, rounds=5):
     x = matrix.T if tall else matrix  # so that the products are with the shorter side
     x = x / (x.norm() + 1e-7)  # no singular value is above 1 now
     for _ in range(rounds):
+        # x = 3.4445 x + (-4.775 gram + 2.0315 gram²) x; addmm scales, multiplies and
+        # adds in one kernel.
         gram = x @ x.T
-        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+        both = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, both, x, beta=3.4445)
     return x.T if tall else x
 
 
