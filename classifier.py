@@ -764,7 +764,7 @@ def orthogonalise(matrix, rounds=5):
 
 
 class MuonWithAdamW(torch.optim.AdamW):
-    """Muon [M] for all that has two axes or more, AdamW [22] for gains and biases.
+    """Muon [M] for groups of parameters with muon=True, AdamW [22] for all others.
 
     Adam scales each number of a gradient by itself. Muon takes a matrix as a whole: it
     makes the running mean of the gradients orthogonal and moves the matrix against
@@ -775,8 +775,8 @@ class MuonWithAdamW(torch.optim.AdamW):
     choice, as are the filters of depthwise convolutions, one per row, as a matrix.
     """
 
-    def __init__(self, groups, momentum=0.95):
-        super().__init__(groups, fused=True)
+    def __init__(self, groups, betas=(0.9, 0.999), momentum=0.95):
+        super().__init__(groups, betas=betas, fused=True)
         self.momentum = momentum
         # Where fp16 gradients overflow, AdamW's kernel skips a step by itself. Muon's
         # part can't, so GradScaler must: in fp16 it reads one number per step for that.
@@ -787,7 +787,7 @@ class MuonWithAdamW(torch.optim.AdamW):
         """One update of everything that has a gradient."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.ndim > 1 and p.grad is not None:
+                if group.get("muon") and p.grad is not None:
                     self.update_matrix(p, group["lr"], group["weight_decay"])
                     p.grad = None  # AdamW passes over what has no gradient
         super().step()
@@ -826,7 +826,7 @@ def make_optimiser(net, weight_decay, name="muon"):
     decaying = [p for p in net.parameters() if p.ndim > 1]
     others = [p for p in net.parameters() if p.ndim <= 1]
     groups = [
-        dict(params=decaying, weight_decay=weight_decay),
+        dict(params=decaying, weight_decay=weight_decay, muon=name == "muon"),
         dict(params=others, weight_decay=0.0),
     ]
     if name == "muon":

@@ -60,6 +60,8 @@ leaves open. Numbers from 4 on are the paper's references:
     [12] Classifier-Free Guidance             [30] Progressive Distillation (velocity)
     [20] Variational Diffusion Models         [35] Denoising Diffusion Implicit Models (DDIM)
     [24] Improved DDPM (cosine schedule)      [39] slerp        [42] Attention Is All You Need
+Not the paper's: [M] Keller Jordan's "Muon: An optimizer for hidden layers in neural networks"
+(2024).
 
 For CIFAR-10, write CIFAR10 for CIFAR100 at DATASET: everything else follows from it.
 """
@@ -137,6 +139,8 @@ class Settings:
     batch_size: int = setting(256, "pictures per step", 1, 65_536)
     max_lr: float = setting(2e-3, "peak learning rate, then a cosine to 0", 1e-8, 10.0)
     warm_up: int = setting(500, "steps in which the rate rises", 1, MAX_STEPS)
+    optimiser: str = setting("adamw", "of matrices, filters", choices=("adamw", "muon"))
+    muon_lr: float = setting(2e-2, "peak rate of Muon's matrices", 1e-8, 10.0)
     clip_norm: float = setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
     ema: float = setting(0.999, "decay of the averaged weights; rises to it", 0.0, 0.99999)
     label_drop: float = setting(0.1, "share of labels dropped; 0: no guidance", 0.0, 1.0)
@@ -651,6 +655,105 @@ def update_ema(ema_net, net, decay, step):
     torch._foreach_lerp_(averages, list(net.parameters()), 1 - decay)
 
 
+def orthogonalise(matrix, rounds=5):
+    """About U V^T, if U S V^T is the singular value decomposition of the matrix
+    (rows,columns): the same directions, all of nearly the same size. Has the matrix's
+    shape.
+
+    The Newton-Schulz iteration of Muon [M] needs matrix products alone. Each round maps
+    every singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. Five rounds take any s
+    from 0.01 to 1 to between 0.68 and 1.14; smaller ones stay smaller.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if tall else matrix  # so that the products are with the shorter side
+    x = x / (x.norm() + 1e-7)  # no singular value is above 1 now
+    for _ in range(rounds):
+        # x = 3.4445 x + (-4.775 gram + 2.0315 gram²) x; addmm scales, multiplies and
+        # adds in one kernel.
+        gram = x @ x.T
+        both = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, both, x, beta=3.4445)
+    return x.T if tall else x
+
+
+class MuonWithAdamW(torch.optim.AdamW):
+    """Muon [M] for groups of parameters with muon=True, AdamW for all others.
+
+    Adam scales each number of a gradient by itself. Muon takes a matrix as a whole: it
+    makes the running mean of the gradients orthogonal and moves the matrix against
+    that, so that rare directions are learned as fast as frequent ones. Filters
+    (out,in,height,width) are the matrix (out, in * height * width).
+
+    [M] leaves the first and the last layer to AdamW. That they are Muon's here is our
+    choice, as are the filters of depthwise convolutions, one per row, as a matrix.
+    """
+
+    def __init__(self, groups, betas=(0.9, 0.999), momentum=0.95):
+        super().__init__(groups, betas=betas, fused=True)
+        self.momentum = momentum
+        # Where fp16 gradients overflow, AdamW's kernel skips a step by itself. Muon's
+        # part can't, so GradScaler must: in fp16 it reads one number per step for that.
+        self._step_supports_amp_scaling = False
+
+    @torch.no_grad()
+    def step(self):
+        """One update of everything that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group.get("muon") and p.grad is not None:
+                    self.update_matrix(p, group["lr"], group["weight_decay"])
+                    p.grad = None  # AdamW passes over what has no gradient
+        super().step()
+
+    def update_matrix(self, p, rate, weight_decay):
+        """Decay the weights p, then move them against the mean of their gradients, made
+        orthogonal."""
+        state = self.state[p]
+        if not state:
+            state["step"] = torch.zeros(())  # AdamW looks for one when it is restored
+            state["mean"] = torch.zeros_like(p)
+        mean = state["mean"].lerp_(p.grad, 1 - self.momentum)
+
+        # Nesterov's momentum: the mean as it would be if this gradient came once more.
+        ahead = p.grad.lerp(mean, self.momentum).flatten(1)  # (rows,columns)
+        direction = orthogonalise(ahead)
+
+        # The rows of a tall matrix with orthonormal columns are shorter than 1. This
+        # makes up for it, so that each output changes as much as a square matrix's.
+        rows, columns = direction.shape
+        step_size = rate * math.sqrt(max(1, rows / columns))
+        p.mul_(1 - rate * weight_decay)
+        p.sub_(direction.view_as(p), alpha=step_size)
+
+
+def make_optimiser(net, max_lr, muon_lr, name="adamw"):
+    """AdamW for all of a UNet, or Muon for its matrices and filters and AdamW for the
+    rest; `peak` of each group is the highest rate that it shall have.
+
+    With no weight decay AdamW is Adam, as in [11]. With a second beta of 0.99 it
+    forgets large gradients sooner than with 0.999 (our choice). `fused` does all that
+    AdamW updates in one kernel. Muon's matrices decay a little: otherwise they would
+    grow, as its steps are as large as its rate says (0.02: our choice). The class
+    embeddings are a table and no matrix, so they are AdamW's.
+    """
+    betas = 0.9, 0.99
+    if name == "adamw":
+        everything = dict(params=list(net.parameters()), peak=max_lr)
+        return torch.optim.AdamW([everything], betas=betas, weight_decay=0, fused=True)
+
+    matrices = []
+    others = [net.label.weight]
+    for p in net.parameters():
+        if p is not net.label.weight:
+            kind = matrices if p.ndim > 1 else others
+            kind.append(p)
+    groups = [
+        dict(params=matrices, weight_decay=0.02, muon=True, peak=muon_lr),
+        dict(params=others, weight_decay=0.0, peak=max_lr),
+    ]
+    return MuonWithAdamW(groups, betas)
+
+
 def train(settings, command="python diffusion.py"):
     """Train [2.2], or resume a run that was stopped, then sample; returns the
     validation loss.
@@ -678,11 +781,8 @@ def train(settings, command="python diffusion.py"):
     examples = [(x, y.float(), y), sampling]
     compile_network(ema_net, settings.compile, examples, precision)
 
-    # With no weight decay AdamW is Adam, as in [11]. With a second beta of 0.99 it
-    # forgets large gradients sooner than with 0.999 (our choice). `fused` is one kernel
-    # for all weights.
-    betas = 0.9, 0.99
-    optimiser = torch.optim.AdamW(net.parameters(), betas=betas, weight_decay=0, fused=True)
+    rates = settings.max_lr, settings.muon_lr
+    optimiser = make_optimiser(net, *rates, settings.optimiser)
 
     # fp16 can't hold small gradients, so the loss is scaled up before the backward pass
     # and the gradients down after it. In fp32 and bf16 the scaler does nothing.
@@ -785,16 +885,18 @@ def train(settings, command="python diffusion.py"):
 
             # One optimiser step, and the averaged weights follow. (A step whose fp16
             # gradients overflowed changes nothing, and lowers the scale.)
-            rate = learning_rate(step, settings.steps, settings.max_lr, settings.warm_up)
-            optimiser.param_groups[0]["lr"] = rate
+            share = learning_rate(step, settings.steps, 1.0, settings.warm_up)
+            for group in optimiser.param_groups:
+                group["lr"] = share * group["peak"]
+            rate = share * settings.max_lr
             scaler.step(optimiser)
             scaler.update()
             update_ema(ema_net, net, settings.ema, step)
             step += 1
 
-            # That was the algorithm; it reads no number back from a GPU. Reading one
-            # waits for all that was launched, so the rest happens only now and then:
-            # sections 6, 8, 12 and 13.
+            # That was the algorithm; it reads no number back from a GPU (but for fp16
+            # with Muon). Reading one waits for all that was launched, so the rest
+            # happens only now and then: sections 6, 8, 12 and 13.
             log.add(step, loss.detach())
             stopping = stop.received is not None
             validating = step % settings.eval_every == 0 or step == settings.steps

@@ -283,7 +283,9 @@ def test_layers_work_alone():
     assert one("depthwise_separable")(3, 8)(x).shape == (2, 8, 6, 4)
     assert one("Attention")(8)(tokens).shape == (2, 5, 8)
     assert one("GatedMLP")(8, 20)(tokens).shape == (2, 5, 8)
-    assert one("orthogonalise", "MuonWithAdamW")([torch.nn.Parameter(x)]).step() is None
+    for optimiser in (one, two):
+        muon = optimiser("orthogonalise", "MuonWithAdamW")
+        assert muon([dict(params=[torch.nn.Parameter(x)], muon=True)]).step() is None
     assert one("RMSNorm")(8)(torch.ones(2, 8)).shape == (2, 8)
     assert one("fourier_positions")(6, 12).shape == (36, 12)
     draw = one("shape_distance", "draw_shapes")
@@ -731,15 +733,27 @@ def test_orthogonalise():
 
 
 def test_muon():
-    """Three updates against the formulas, of a matrix, a tall one and a filter; what
-    has one axis moves as under AdamW; what has no gradient stays."""
+    """Three updates of either script's Muon against the formulas, of a matrix, a tall
+    one and a filter; what has one axis moves as under AdamW; what has no gradient
+    stays."""
+    for module in MODULES:
+        check_muon(module)
+
+
+def check_muon(module):
+    """test_muon for one script."""
     torch.manual_seed(0)
     shapes = [(4, 6), (8, 2), (5, 1, 3, 3), (7,), (3, 3)]
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     net = torch.nn.ParameterList(weights)
     vector = torch.nn.Parameter(weights[3].detach().clone())
     adamw = torch.optim.AdamW([vector], lr=0.1, weight_decay=0.0)
-    muon = classifier.make_optimiser(net, 0.3)
+    muon = module.MuonWithAdamW(
+        [
+            dict(params=weights[:3] + weights[4:], weight_decay=0.3, muon=True),
+            dict(params=weights[3:4], weight_decay=0.0),
+        ]
+    )
     for group in muon.param_groups:
         group["lr"] = 0.1
 
@@ -753,7 +767,7 @@ def test_muon():
             if i < 3:
                 rows = len(weight)
                 columns = weight.numel() // rows
-                turned = classifier.orthogonalise(ahead.view(rows, columns))
+                turned = module.orthogonalise(ahead.view(rows, columns))
                 longer = max(1, rows / columns) ** 0.5
                 move = 0.1 * longer * turned.view_as(weight)
                 expected[i] = expected[i] * (1 - 0.1 * 0.3) - move
@@ -1862,6 +1876,26 @@ def check_average(step, share):
     diffusion.update_ema(average, net, 0.9, step=step)
     for weight, old, new in zip(average.parameters(), before, net.parameters()):
         assert_close(weight, (1 - share) * old + share * new)
+
+
+def test_diffusion_optimisers():
+    """Every weight is in one group: all in AdamW's, or matrices and filters in Muon's,
+    which decay, but for the class embeddings."""
+    net = diffusion.UNet(width=8)
+    adamw = diffusion.make_optimiser(net, 1e-3, 2e-2)
+    assert len(adamw.param_groups) == 1
+    assert adamw.param_groups[0]["weight_decay"] == 0
+    assert len(adamw.param_groups[0]["params"]) == len(list(net.parameters()))
+
+    muon = diffusion.make_optimiser(net, 1e-3, 2e-2, "muon")
+    matrices, others = muon.param_groups
+    assert (matrices["peak"], others["peak"]) == (2e-2, 1e-3)
+    assert (matrices["weight_decay"], others["weight_decay"]) == (0.02, 0)
+    ids = [id(p) for group in muon.param_groups for p in group["params"]]
+    assert sorted(ids) == sorted(id(p) for p in net.parameters())
+    assert all(p.ndim > 1 for p in matrices["params"])
+    assert id(net.label.weight) in map(id, others["params"])
+    assert all(p.ndim == 1 for p in others["params"] if p is not net.label.weight)
 
 
 def test_ema():
