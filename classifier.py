@@ -32,7 +32,7 @@ parameters:
     RMSNorm, mean over the tokens                 -> (B, 80)
     linear, linear                                -> (B, 100) logits
 
-The default goes beyond it in four places, in 93,924 parameters; section 1 says what each
+The default goes beyond it in four places, in 93,924 parameters; section 1 says what they
 gained:
 
     stem        x + convolution(x) in the last two, and the second pooling after them,
@@ -158,8 +158,8 @@ class Settings:
     # (seed 0) x + f(x) in the last two convolutions gained 5.2 points in 600 steps of
     # 128. In 1,500 steps that had 44.5 %; at 16x16 with a single head 45.4 %, with Muon
     # 49.8 %, with the local gate 50.7 %. After 10,000 steps of 128 the test accuracy is
-    # 66.4 % with all four (two seeds), and 61.9 % with none (one seed). What each gains
-    # by itself at that length is not known yet.
+    # 66.4 % with all four (two seeds), and 61.9 % with none (one seed, an earlier
+    # RandAugment). What each gains by itself at that length is not known yet.
     stem: str = setting("residual", "last two convolutions", choices=("residual", "plain"))
     gate: str = setting("local", "gate of the llama MLP", choices=("local", "plain"))
     head: str = setting("single", "linear layers at the end", choices=("single", "pair"))
@@ -758,8 +758,8 @@ def orthogonalise(matrix, rounds=5):
         # x = 3.4445 x + (-4.775 gram + 2.0315 gram²) x; addmm scales, multiplies and
         # adds in one kernel.
         gram = x @ x.T
-        both = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, both, x, beta=3.4445)
+        change = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, change, x, beta=3.4445)
     return x.T if tall else x
 
 
@@ -1500,7 +1500,8 @@ def export(settings):
 
 def without_folders(command):
     """A command line without the folders of the machine that it ran on."""
-    return re.sub(r" --(data|out)[ =](?!shapes)('[^']*'|\S+)", "", command)
+    drawn = r"[ =]shapes( |$)"  # these lie in no folder
+    return re.sub(rf" --(out|data(?!{drawn}))[ =]('[^']*'|\S+)", "", command)
 
 
 class Stopped(Exception):

@@ -672,8 +672,8 @@ def orthogonalise(matrix, rounds=5):
         # x = 3.4445 x + (-4.775 gram + 2.0315 gram²) x; addmm scales, multiplies and
         # adds in one kernel.
         gram = x @ x.T
-        both = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, both, x, beta=3.4445)
+        change = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
+        x = torch.addmm(x, change, x, beta=3.4445)
     return x.T if tall else x
 
 
@@ -782,8 +782,8 @@ def train(settings, command="python diffusion.py"):
     examples = [(x, y.float(), y), sampling]
     compile_network(ema_net, settings.compile, examples, precision)
 
-    rates = settings.max_lr, settings.muon_lr
-    optimiser = make_optimiser(net, *rates, settings.optimiser)
+    max_lr, muon_lr = settings.max_lr, settings.muon_lr
+    optimiser = make_optimiser(net, max_lr, muon_lr, settings.optimiser)
 
     # fp16 can't hold small gradients, so the loss is scaled up before the backward pass
     # and the gradients down after it. In fp32 and bf16 the scaler does nothing.
@@ -889,7 +889,7 @@ def train(settings, command="python diffusion.py"):
             share = learning_rate(step, settings.steps, 1.0, settings.warm_up)
             for group in optimiser.param_groups:
                 group["lr"] = share * group["peak"]
-            rate = share * settings.max_lr
+            rate = share * max_lr
             scaler.step(optimiser)
             scaler.update()
             update_ema(ema_net, net, settings.ema, step)
@@ -1819,7 +1819,8 @@ def export(settings):
 
 def without_folders(command):
     """A command line without the folders of the machine that it ran on."""
-    return re.sub(r" --(data|out)[ =](?!shapes)('[^']*'|\S+)", "", command)
+    drawn = r"[ =]shapes( |$)"  # these lie in no folder
+    return re.sub(rf" --(out|data(?!{drawn}))[ =]('[^']*'|\S+)", "", command)
 
 
 class Stopped(Exception):

@@ -10,6 +10,7 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 import math
 import pickle
 import re
@@ -505,7 +506,8 @@ def test_variants_step():
         wider = widest(**variant, width=width + 8)
         assert parameter_count(wider) >= 100_000, (variant, width)
 
-        optimiser = classifier.make_optimiser(net, 0.1, variant.get("optimiser", "muon"))
+        name = classifier.choose_settings(**variant).optimiser
+        optimiser = classifier.make_optimiser(net, 0.1, name)
         for group in optimiser.param_groups:
             group["lr"] = 1e-2
         before = weight_copies(net)
@@ -712,13 +714,14 @@ def test_orthogonalise():
     """The singular vectors stay, and singular values from 0.01 to 1 of the largest
     possible end between 0.68 and 1.14, whichever axis is longer, whatever the scale."""
     torch.manual_seed(0)
-    for rows, columns in [(6, 6), (9, 4), (4, 9), (1, 9), (9, 1)]:
+    sizes = [(6, 6), (9, 4), (4, 9), (1, 9), (9, 1)]
+    for module, (rows, columns) in itertools.product(MODULES, sizes):
         for scale in (1e-4, 1.0, 1e4):
             few = min(rows, columns)
             u = torch.linalg.qr(torch.randn(rows, few)).Q
             v = torch.linalg.qr(torch.randn(columns, few)).Q
             s = torch.logspace(0, -1.5, few)
-            result = classifier.orthogonalise(scale * (u * s) @ v.T)
+            result = module.orthogonalise(scale * (u * s) @ v.T)
 
             # Each singular value by the polynomial, five times.
             expected = s / (s.norm() + 1e-7 / scale)
@@ -1240,6 +1243,8 @@ def check_export(module, out, part, *flags):
     assert str(out) not in state["about"]["command"]
     folders = "python x.py --out 'my runs/1' --seed 3 --data=/data --steps 5"
     assert module.without_folders(folders) == "python x.py --seed 3 --steps 5"
+    drawn = "python x.py --data shapes --steps 5"
+    assert module.without_folders(drawn + " --out shapes/1") == drawn
     assert str(out) not in str(state["settings"])
     assert state["settings"]["data"] == "shapes"
 
@@ -1898,6 +1903,35 @@ def test_diffusion_optimisers():
     assert all(p.ndim > 1 for p in matrices["params"])
     assert id(net.label.weight) in map(id, others["params"])
     assert all(p.ndim == 1 for p in others["params"] if p is not net.label.weight)
+
+
+def test_diffusion_muon():
+    """Training with --optimiser muon: both groups follow the schedule, each to its own
+    peak, and a run that was stopped goes on to the same bits."""
+    rates = []
+    step = diffusion.MuonWithAdamW.step
+
+    def noting(self):
+        rates.append([group["lr"] for group in self.param_groups])
+        return step(self)
+
+    peaks = ["--optimiser", "muon", "--muon-lr", 0.02, "--max-lr", 0.001]
+    flags = [*SMALL, *peaks, "--warm-up", 2, "--steps", 6]
+    with small_run(diffusion) as (monkey, root):
+        without_results(diffusion, monkey)
+        monkey(diffusion.MuonWithAdamW, "step", noting)
+        run(diffusion, *flags, "--out", root / "whole")
+        for i, (matrices, others) in enumerate(rates):
+            assert abs(matrices - diffusion.learning_rate(i, 6, 0.02, 2)) < 1e-9
+            assert abs(others - diffusion.learning_rate(i, 6, 0.001, 2)) < 1e-9
+        assert len(rates) == 6
+
+        interrupted(diffusion, "update_ema", 4, *flags, "--out", root / "parts")
+        run(diffusion, *flags, "--out", root / "parts")
+        expected = load_state(root / "whole")
+        state = load_state(root / "parts")
+        for key in ("net", "ema", "optimiser"):
+            assert same(state[key], expected[key]), key
 
 
 def test_ema():
