@@ -352,7 +352,9 @@ def test_readme_flags_exist():
 
 def test_freed_memory_is_kept():
     """After set_up a large tensor takes the pages of one that was freed: next to no page
-    faults, where there are thousands otherwise."""
+    faults, where there are thousands each time otherwise. (Without the trim threshold
+    that depends on what happens to lie above it, so this fails in most runs, not in
+    all.)"""
     if sys.platform != "linux":
         return
     program = """
@@ -361,20 +363,20 @@ module = __import__(sys.argv[1])
 if sys.argv[2] == "kept":
     module.set_up(module.Settings(out=sys.argv[3]))
 faults = []
-for _ in range(8):  # now and then even kept memory is cut up, and a new block is needed
+for _ in range(8):  # the first few cut kept memory up, and need a new block
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(25_000_000)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 print(*faults)
-print(min(faults))
 """
     with tempfile.TemporaryDirectory() as out:
         for name in ("classifier", "diffusion"):
             for how in ("kept", "given back"):
                 command = [sys.executable, "-c", program, name, how, out]
                 done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-                faults = int(done.stdout.split()[-1])
-                assert (faults < 1_000) == (how == "kept"), (name, how, faults)
+                settled = [int(word) for word in done.stdout.split()[-4:]]
+                for faults in settled:
+                    assert (faults < 1_000) == (how == "kept"), (name, how, settled)
 
 
 def test_readme_links():
