@@ -11,18 +11,20 @@ from the top:
     python diffusion.py neighbours         the training pictures nearest to samples
     python diffusion.py fid                10,000 samples against the 10,000 test pictures
     python diffusion.py schedules          draw the three noise schedules
+    python diffusion.py export             the averaged weights alone, as a small file
     python diffusion.py --help             all settings
 
 Result so far: after 8,000 steps of 32 with --optimiser muon (37 minutes on two CPU cores,
 seed 0, 2026-11-25) the velocity loss on test pictures is 0.1179; after 12,000 with AdamW, the
 default, 0.1184; a network that says zero has 0.645. The full budget, the first command, is
-meant for a GPU and has not been run yet. README.md has the log and the pictures; FID-1280, where
-comments name it, is explained in .github/experiments.md.
+meant for a GPU and has not been run yet. README.md has the log and the pictures. FID-1280,
+where comments name it, is the Fréchet distance in an earlier layer of the FID network: much
+smaller than FID, and not to be compared with it (.github/experiments.md).
 
 A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
 on where it stopped. The modes sample, interpolate, neighbours and fid take every setting
-that no flag gives, but for device and classes, from the checkpoint (after shapes, say
---data shapes again).
+that no flag gives from the checkpoint, but for classes, device, compile and precision
+(after shapes, say --data shapes again).
 
 The network predicts the velocity v of a noised picture. It has 960,755 parameters; widths
 a, b, c = 48, 96, 144:
@@ -38,10 +40,11 @@ a, b, c = 48, 96, 144:
     1x1, double, +, 2 blocks                      (B,a,32,32) <-------------------'
     norm, SiLU, conv                              (B,3,32,32) = v
 
-Skips are added, not joined as in [28] (our choice): the 1x1 convolution works before
-doubling, on a quarter of the places, and blocks take fewer channels in. A step took 0.8 of
-the time so (CPU). The embedding also scales and shifts the channels in every block, which
-the paper's design doesn't have (--recipe paper): see `modulate` in the settings.
+Skips are added, not concatenated as in [28] (our choice): the 1x1 convolution works before
+doubling, on a quarter of the positions, and blocks take fewer channels in, so a step takes
+0.8 of the time (CPU). The embedding also scales and shifts the channels in every block
+(known as FiLM, or adaptive GroupNorm), which the paper's design doesn't have (--recipe
+paper): see `modulate` in the settings.
 
 Map. The sections 1 to 8 are the story; to understand the model read 2 (layers and U-Net), to
 understand diffusion 4 (noise), 5 (objective and training loop) and 7 (guidance and sampler);
@@ -50,9 +53,10 @@ is support: 9 neighbours, 10 FID, 11 modes, 12 log and pictures, 13 checkpoints,
 width, 15 drawn shapes, 16 command line.
 
 Shapes in comments: B pictures, C channels, H x W pixels, E width of an embedding.
-Symbols: x a picture in [-1,1]; t in [0,1] the noise level, 0 clean and 1 pure noise; log_snr
-the paper's lambda; alpha and sigma the scales of signal and noise, alpha² + sigma² = 1 (alpha
-is not DDPM's alpha_t, a ratio of neighbouring alpha²); x_t a noised picture; v the velocity.
+Symbols: x a picture in [-1,1]; t in [0,1] the time, 0 clean and 1 pure noise; log_snr the
+noise level at t, the paper's lambda, which is what the network is told; alpha and sigma the
+scales of signal and noise, alpha² + sigma² = 1 (alpha is not DDPM's alpha_t, a ratio of
+neighbouring alpha²); x_t a noised picture; v the velocity.
 Tags like [2.2] name the paper's section, (1) to (4) its equations; `our choice` marks what it
 leaves open. Numbers from 4 on are the paper's references:
     [4]  Crowson's v-diffusion (the splice)   [28] U-Net
@@ -153,7 +157,7 @@ class Settings:
     after_injection: str = setting("regular", "its conv", choices=("regular", "separable"))
 
     # Beyond the paper, and on by default because it helped: validation loss 0.140 with
-    # it, 0.147 without it at the width that then fits (840 s of one CPU core, batch 64,
+    # it, 0.147 without it at width 56, which then fits (840 s of one CPU core, batch 64,
     # seed 0: 892 and 669 steps).
     modulate: str = setting("on", "scale and shift in all blocks", choices=("off", "on"))
     recipe: str = setting("ours", "paper: nothing beyond the paper", choices=("ours", "paper"))
@@ -163,15 +167,15 @@ class Settings:
     sample_steps: int = setting(100, "denoising steps per sample", 1, 10_000)
     eta: float = setting(1.0, "fresh noise per step; 1: DDPM, 0: DDIM", 0.0, 1.0)
 
-    # The paper's w = 3 also scored best after 12,000 steps of 32 on a CPU: FID-1280
-    # (see .github/experiments.md) of 2,000 samples 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w
-    # = 0, 0.25, 0.5, 1, 2, 3.
+    # The paper's w = 3 also scored best here: after 12,000 steps of 32 on a CPU,
+    # FID-1280 of 2,000 samples was 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w = 0, 0.25, 0.5,
+    # 1, 2, 3; after 8,000 with Muon, 6.4 with w = 3 and 6.9 with 5.
     guidance: float = setting(3.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
     clip_x0: str = setting("dynamic", "how x0 is cut", choices=("none", "static", "dynamic"))
     classes: str = setting("", "names or numbers to sample, by commas; empty: all, mixed")
     count: int = setting(64, "pictures to sample", 1, 1_000_000)
     sample_seed: int = setting(0, "of sampling: noise, classes", 0, 2**31)
-    sample_batch: int = setting(250, "samples at once, rounded up to 50s", 1, 65_536)
+    sample_batch: int = setting(250, "samples at once, in multiples of 50", 1, 65_536)
     fid_count: int = setting(10_000, "samples for fid", 2, 1_000_000)
     inception: str = setting("", "file of the FID network; empty: torch hub's folder")
 
@@ -244,7 +248,7 @@ def regular_conv(c_in, c_out):
 def sinusoidal_embedding(log_snr, width=64):
     """Sines and cosines of the noise level: (B,) -> (B,width) [2.2, 42].
 
-    log_snr is within 20 and -20. Wavelengths go from 3 to 300 (our choice): the long
+    log_snr is between -20 and 20. Wavelengths go from 3 to 300 (our choice): the long
     ones order all levels, the short ones tell neighbours apart.
     """
     low, high = math.log10(0.02), math.log10(2)
@@ -294,10 +298,11 @@ class Stage(nn.Sequential):
 
 
 class Attention(nn.Module):
-    """Self-attention among all places of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
+    """Self-attention among all positions of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
 
-    C / 64 heads, rounded (they must divide C), and zeros in the last layer, so that it
-    starts as the identity: both our choice.
+    C / 64 heads, rounded (they must divide C), one group in the norm, and zeros in the
+    last layer, so that it starts as the identity: all our choice. No positions are added:
+    the zeros that convolutions pad with tell them where the border is.
     """
 
     def __init__(self, channels):
@@ -310,7 +315,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x):
-        # Every place is a token.
+        # Every position is a token.
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B,HW,C)
 
         # Query, key and value come from one matrix, and each is cut into heads.
@@ -318,7 +323,7 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,HW,C/heads)
         mixed = F.scaled_dot_product_attention(q, k, v)  # (B,heads,HW,C/heads)
 
-        # Heads side by side, and tokens back to their places.
+        # Heads side by side, and tokens back to their positions.
         y = self.out(mixed.transpose(1, 2).flatten(2))  # (B,HW,C)
         return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
 
@@ -348,10 +353,10 @@ class UNet(nn.Module):
     """Velocity network [2.2, 28]: net(x_t, log_snr, labels) -> v (B,3,32,32).
 
     x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), where the number
-    `classes` stands for "no class", or class embeddings (B,E) as `embed` gives them; E
-    is `e_width`. The ladder is in this file's header; all widths and depths are our
-    choice. `modulate` goes beyond the paper: the embedding acts in every block, not at
-    two points alone. Raises ValueError if `width` is no multiple of 8.
+    `no_class` stands for "no class" (null label), or class embeddings (B,E) as `embed`
+    gives them; E is `e_width`. The ladder is in this file's header; all widths and
+    depths are our choice. `modulate` goes beyond the paper: the embedding acts in every
+    block, not at two points alone. Raises ValueError if `width` is no multiple of 8.
     """
 
     def __init__(
@@ -360,7 +365,7 @@ class UNet(nn.Module):
         super().__init__()
         if width < 8 or width % 8 != 0:
             raise ValueError(f"--width {width} is not a multiple of 8")
-        self.classes = classes
+        self.no_class = classes  # classes are 0 to classes - 1
         a = width
         b = 2 * width
         c = 3 * width
@@ -412,8 +417,8 @@ class UNet(nn.Module):
         return self.label(labels)
 
     def forward(self, x, log_snr, labels):
-        level = self.time(sinusoidal_embedding(log_snr))
-        e = F.silu(level + self.embed(labels))  # (B,E)
+        e = self.time(sinusoidal_embedding(log_snr)) + self.embed(labels)
+        e = F.silu(e)  # (B,E)
 
         # Down
         x1 = self.inject1(self.stem(x), e)
@@ -425,7 +430,7 @@ class UNet(nn.Module):
         x3 = self.inject2(x3, e)
         x3 = self.middle(x3, e)  # (B,c,8,8)
 
-        # Up; the skips x2 and x1 come in by addition.
+        # Up, each value four times (nearest neighbour); the skips x2 and x1 are added.
         x2 = F.interpolate(self.join2(x3), scale_factor=2) + x2
         x2 = self.up2(x2, e)  # (B,b,16,16)
         x1 = F.interpolate(self.join1(x2), scale_factor=2) + x1
@@ -579,10 +584,12 @@ def spliced_schedule(t):
     slope per t of the linear one at 0.48536712; both constants are Crowson's [4]. So
     the two are joined there, and t is stretched such that it still goes from 0 to 1:
     the joint lies at t = 0.609. Value and slope agree to 2 parts in 10,000 and not
-    better, as her cosine has infinite ends.
+    better, as the constants are for a cosine whose infinite ends are not cut off.
     """
     shift = 0.80074257 - 0.48536712
     u = (1 + shift) * t
+
+    # `where` computes both for all of t; the clamps keep the one not taken finite.
     early = cosine_schedule(u.clamp(max=1))
     late = linear_schedule((u - shift).clamp(min=0))
     return torch.where(u < 0.80074257, early, late)
@@ -609,9 +616,9 @@ def to_alpha_sigma(log_snr):
 def velocity(x, noise, alpha, sigma):
     """v = alpha * noise - sigma * x: Eq. (1) [30].
 
-    Why v and not the noise: from a guess of the noise the picture can't be had where
-    all is noise, nor the noise from a guess of the picture where all is clean. From v
-    both can, at every level: see split.
+    Why v and not the noise: where all is noise, a guess of the noise does not tell the
+    picture; where all is clean, a guess of the picture does not tell the noise. v tells
+    both at every level: see split.
     """
     return alpha * noise - sigma * x
 
@@ -729,11 +736,11 @@ class MuonWithAdamW(torch.optim.AdamW):
 
 def make_optimiser(net, max_lr, muon_lr, name="adamw"):
     """AdamW for all of a UNet, or Muon for its matrices and filters and AdamW for the
-    rest; `peak` of each group is the highest rate that it shall have.
+    rest; `peak` of each group is its highest learning rate.
 
     With no weight decay AdamW is Adam, as in [11]. With a second beta of 0.99 it
-    forgets large gradients sooner than with 0.999 (our choice). `fused` does all that
-    AdamW updates in one kernel. Muon's matrices decay a little: otherwise they would
+    forgets large gradients sooner than with 0.999 (our choice). `fused` updates all
+    weights in one kernel. Muon's matrices decay a little: otherwise they would
     grow, as its steps are as large as its rate says (0.02: our choice). The class
     embeddings are a table and no matrix, so they are AdamW's.
     """
@@ -770,16 +777,15 @@ def train(settings, command="python diffusion.py"):
     find_classes(settings.classes, data.names)  # better to fail now than after training
 
     net = build_network(settings, len(data.names), device)
-    x = to_model(data.train_x[: settings.batch_size])
-    y = data.train_y[: settings.batch_size].clone()
-    compile_network(net, settings.compile, [(x, y.float(), y)], precision)
+    example = network_example(data.train_x, data.train_y, settings.batch_size)
+    compile_network(net, settings.compile, [example], precision)
 
     # The averaged network, which validates and samples, learns nothing by itself.
     ema_net = copy.deepcopy(net).eval().requires_grad_(False)
-    x = to_model(data.test_x[:EVAL_BATCH])
-    y = data.test_y[:EVAL_BATCH].clone()
-    sampling = sampler_example(ema_net, settings.sample_batch)
-    examples = [(x, y.float(), y), sampling]
+    examples = [
+        network_example(data.test_x, data.test_y, EVAL_BATCH),
+        sampler_example(ema_net, settings.sample_batch),
+    ]
     compile_network(ema_net, settings.compile, examples, precision)
 
     max_lr, muon_lr = settings.max_lr, settings.muon_lr
@@ -791,22 +797,22 @@ def train(settings, command="python diffusion.py"):
 
     # Low-discrepancy t [2.2]: a Sobol sequence, of which each draw falls into a gap
     # that the earlier ones left, so a batch covers [0,1] evenly and the loss estimate
-    # varies less. In a batch of 2^n, place i gets its t from nearly the same part of
-    # [0,1] each time, so nothing else may depend on the place: the pictures come in
+    # varies less. In a batch of 2^n, row i gets its t from nearly the same part of
+    # [0,1] each time, so nothing else may depend on the row: the pictures come in
     # random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
 
-    # All other chance comes from one generator on the device; sampling has its own, so
-    # a grid in between changes nothing.
+    # All other random numbers come from one generator on the device; sampling has its
+    # own, so a grid in between changes nothing.
     random = torch.Generator(device).manual_seed(settings.seed)
     on_device = dict(generator=random, device=device)
 
-    # An epoch is one random order of the training pictures, and a noise level t for
-    # each; `position` is how far we are. A last incomplete batch is dropped.
+    # An epoch is one random order of the training pictures, and a time t for each;
+    # `position` is how far we are. A last incomplete batch is dropped.
     step = 0
     position = 0
     pictures = len(data.train_y)
-    epoch = pictures - pictures % settings.batch_size
+    epoch_size = pictures - pictures % settings.batch_size
     order = torch.empty(0, device=device)
     times = torch.empty(0, device=device)
 
@@ -822,6 +828,8 @@ def train(settings, command="python diffusion.py"):
         position = state["position"]
         order = state["order"].to(device)
         times = state["times"].to(device)
+
+        # All t drawn so far: those used, and the rest of this epoch's.
         sobol.fast_forward(step * settings.batch_size + len(times) - position)
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
@@ -843,11 +851,11 @@ def train(settings, command="python diffusion.py"):
 
             # A new epoch: pictures in a new order, and all noise levels at one go.
             if position == len(order):
-                order = torch.randperm(pictures, **on_device)[:epoch]
+                order = torch.randperm(pictures, **on_device)[:epoch_size]
                 if settings.timesteps == "sobol":
-                    times = to_device(sobol.draw(epoch)[:, 0], device)
+                    times = to_device(sobol.draw(epoch_size)[:, 0], device)
                 else:
-                    times = torch.rand(epoch, **on_device)
+                    times = torch.rand(epoch_size, **on_device)
                 position = 0
 
             # Choose pictures and noise levels: the next ones in order.
@@ -862,9 +870,9 @@ def train(settings, command="python diffusion.py"):
             # which guidance needs [12].
             flip_draw, label_draw = torch.rand(2, settings.batch_size, **on_device)
             x = random_flip(x, flip_draw)
-            labels = y.masked_fill(label_draw < settings.label_drop, net.classes)
+            labels = y.masked_fill(label_draw < settings.label_drop, net.no_class)
 
-            # Noise them, each to a level t of its own: Eq. (2). The target is v: Eq. (1).
+            # Add noise, to each picture that of its own t: Eq. (2). The target is v: Eq. (1).
             noise = torch.randn(x.shape, **on_device)
             log_snr = to_log_snr(t, settings.schedule)  # (B,)
             alpha, sigma = to_alpha_sigma(log_snr)  # (B,1,1,1)
@@ -878,14 +886,14 @@ def train(settings, command="python diffusion.py"):
             # Loss, in fp32: Eq. (3), as a mean over pictures and pixels.
             loss = (v - pred_v).square().mean()
 
-            # Backward; the whole gradient is scaled down if its norm is above clip_norm.
+            # The gradient; all of it is scaled down if its norm is above clip_norm.
             optimiser.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimiser)
             nn.utils.clip_grad_norm_(net.parameters(), settings.clip_norm)
 
             # One optimiser step, and the averaged weights follow. (A step whose fp16
-            # gradients overflowed changes nothing, and lowers the scale.)
+            # gradients overflowed leaves the weights as they are, and lowers the scale.)
             share = learning_rate(step, settings.steps, 1.0, settings.warm_up)
             for group in optimiser.param_groups:
                 group["lr"] = share * group["peak"]
@@ -903,7 +911,7 @@ def train(settings, command="python diffusion.py"):
             validating = step % settings.eval_every == 0 or step == settings.steps
             drawing = step % settings.grid_every == 0 and step < settings.steps
             if step % settings.log_every == 0 or validating or drawing or stopping:
-                log.stop_clock(step, rate, net)
+                log.new_row(step, rate, net)
                 if validating:
                     log.add_scores(validate(ema_net, data, settings.schedule, precision))
                 log.show(validating)
@@ -918,7 +926,7 @@ def train(settings, command="python diffusion.py"):
                 log.start_clock(step)
 
     if stopping:
-        stop.explain(step, path, command)
+        raise stop.stopped(step, path, command)
     log.summarise(step)
     show_results(settings, ema_net, data, step)
     return log.rows[-1]["val_loss"]
@@ -940,8 +948,8 @@ def validation_loss(
     fixed noise, at t = (i + 1/2)/count: (mean, list of the means in five bins of t of
     nearly equal size, clean to noisy).
 
-    Nothing in it is random, so two networks, or two moments of one, compare picture by
-    picture.
+    All its seeds are fixed, so two networks, or two moments of one, compare picture by
+    picture. Settings that were chosen by it are a little too good on these pictures.
     """
     chosen = np.random.RandomState(0).permutation(len(y))[:count]
     chosen = torch.from_numpy(chosen).to(y.device)
@@ -993,20 +1001,22 @@ def guide(v_cond, v_uncond, w):
 
 
 def guided_velocity(net, labels, w):
-    """The function (x_t, log_snr) -> v that a sampler calls: `net` with guidance w.
+    """The function (x_t, log_snr) -> v that a sampler calls, log_snr a number: `net`
+    with guidance w.
 
     labels as UNet takes them, (B,) or (B,E). Both halves of Eq. (4) go through the
     network as one batch of 2B, so with w = 0 a call costs half.
     """
     wanted = net.embed(labels)  # (B,E)
-    no_class = torch.full((1,), net.classes, device=wanted.device)
+    no_class = torch.full((1,), net.no_class, device=wanted.device)
     none = net.embed(no_class).expand_as(wanted)  # (B,E)
 
     def model(x_t, log_snr):
+        levels = torch.full((len(x_t),), log_snr, device=x_t.device)
         if w == 0:
-            return net(x_t, log_snr, wanted)
+            return net(x_t, levels, wanted)
         twice = torch.cat([x_t, x_t])
-        levels = torch.cat([log_snr, log_snr])
+        levels = torch.cat([levels, levels])
         v_cond, v_uncond = net(twice, levels, torch.cat([wanted, none])).chunk(2)
         return guide(v_cond, v_uncond, w)
 
@@ -1015,7 +1025,7 @@ def guided_velocity(net, labels, w):
 
 def clip_picture(pred_x0, how="dynamic", percentile=0.995):
     """Keep predicted pictures (B,3,H,W) in range: "none", "static" (cut at ±1), or
-    "dynamic" [29].
+    "dynamic", which [29] calls dynamic thresholding.
 
     Guidance drives predictions out of [-1,1]. Cutting saturates them; dynamic clipping
     cuts a picture at s = max(1, 99.5th percentile of its |values|) and divides by s
@@ -1031,46 +1041,49 @@ def clip_picture(pred_x0, how="dynamic", percentile=0.995):
 
 
 @torch.no_grad()
-def ddim_sample(model, x, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.randn_like):
-    """Pictures from noise [2.3, 11, 35]: x (B,3,H,W) at log_snrs[0] -> the last
+def ddim_sample(model, x_t, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.randn_like):
+    """Pictures from noise [2.3, 11, 35]: x_t (B,3,H,W) at log_snrs[0] -> the last
     predicted x_0.
 
-    model(x_t, log_snr (B,)) gives v; log_snrs (S,) rises, and the model is called once
-    for each. eta scales the fresh noise: 1 adds what DDPM adds, 0 (DDIM) adds none.
-    draw_noise(x) gives noise in the shape of x.
+    model(x_t, log_snr) gives v, log_snr a number; log_snrs (S,), on the CPU, rises, and
+    the model is called once for each. eta scales the fresh noise: 1 adds what DDPM adds,
+    0 (DDIM) adds none. draw_noise(x_t) gives noise in its shape.
     """
+    # All pictures have the same level of noise here, so plain numbers do.
     alphas, sigmas = to_alpha_sigma(log_snrs)
-    alphas = alphas.flatten()  # (S,)
-    sigmas = sigmas.flatten()
-    for i, log_snr in enumerate(log_snrs):
-        # Which picture and which noise make up x_t?
+    alphas = alphas.flatten().tolist()  # S of them
+    sigmas = sigmas.flatten().tolist()
+    for i, log_snr in enumerate(log_snrs.tolist()):
+        # Which picture is in x_t?
         alpha = alphas[i]
         sigma = sigmas[i]
-        v = model(x, log_snr.expand(len(x)))
-        pred_x0, _ = split(x, v, alpha, sigma)
+        v = model(x_t, log_snr)
+        pred_x0, _ = split(x_t, v, alpha, sigma)
         pred_x0 = clip_picture(pred_x0, clip)
 
-        # The last step ends with the picture. To mix it with the noise that the
-        # schedule leaves at t = 0 would be seen where that is 0.01, as in the linear
-        # one: FID-1280 of 500 samples 20.0, and 19.5 without.
+        # The last step ends with the picture. The schedule has a little noise left at t
+        # = 0; in the linear one, with 0.01 of it, mixing it in again could be seen:
+        # FID-1280 of 500 samples 20.0, and 19.5 without.
         if i + 1 == len(log_snrs):
             break
 
-        # The noise anew, as clipping has changed the picture: both must still make up x_t.
-        pred_noise = (x - alpha * pred_x0) / sigma
+        # And which noise? Not split's, as clipping has changed the picture: both must
+        # still make up x_t.
+        pred_noise = (x_t - alpha * pred_x0) / sigma
 
         # Of the next noise, this much variance is fresh. With eta = 1 the step is
-        # DDPM's posterior: its mean given pred_x0, and its variance [11].
+        # DDPM's posterior: its mean given pred_x0, and its variance [11], which has the
+        # beta_t of the step from the next level to this one.
         next_alpha = alphas[i + 1]
         next_sigma = sigmas[i + 1]
-        share = 1 - (alpha / next_alpha) ** 2
-        fresh_variance = eta**2 * (next_sigma / sigma) ** 2 * share
+        beta = 1 - (alpha / next_alpha) ** 2
+        fresh_variance = eta**2 * (next_sigma / sigma) ** 2 * beta
 
         # Mix both at the next noise level. (Rounding could make the difference negative.)
-        kept_scale = (next_sigma**2 - fresh_variance).clamp(min=0).sqrt()
-        x = next_alpha * pred_x0 + kept_scale * pred_noise
+        kept_scale = math.sqrt(max(0.0, next_sigma**2 - fresh_variance))
+        x_t = next_alpha * pred_x0 + kept_scale * pred_noise
         if eta > 0:
-            x = x + fresh_variance.sqrt() * draw_noise(x)
+            x_t = x_t + math.sqrt(fresh_variance) * draw_noise(x_t)
     return pred_x0
 
 
@@ -1090,7 +1103,7 @@ class SampleNoise:
         self.device = device
         self.generators = []
         for number in range(first // NOISE_CHUNK, math.ceil((first + count) / NOISE_CHUNK)):
-            # A large prime keeps the seeds of different `seed` apart.
+            # No run has a million chunks, so different `seed` never share a generator.
             generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
             self.generators.append(generator)
 
@@ -1127,7 +1140,7 @@ def generate(
     """
     net.eval()
     device = labels.device
-    t = torch.linspace(1, 0, steps + 1, device=device)[:-1]
+    t = torch.linspace(1, 0, steps + 1)[:-1]
     log_snrs = to_log_snr(t, schedule)  # (steps,), from pure noise; t = 0 needs no call
     batch = math.ceil(batch / NOISE_CHUNK) * NOISE_CHUNK
 
@@ -1465,10 +1478,12 @@ def neighbours_mode(settings, net, names, data, shown=16, k=4):
 
 
 def fid_mode(settings, net, names, data):
-    """FID as the paper gives it: `fid_count` samples, classes as in the test set,
-    against all test pictures; with the protocol, and the floor: as many training
-    pictures against the test pictures. Returns FID. Raises OSError where its network
-    can't be had; by then the samples are on disk.
+    """FID [2.4]: `fid_count` samples, classes as in the test set, against all test
+    pictures. The paper names no protocol; this is clean-fid's, our choice.
+
+    Prints it with the result, and the floor: as many training pictures against the test
+    pictures. Returns FID. Raises OSError where its network can't be had; by then the
+    samples are on disk.
     """
     device = next(net.parameters()).device
     out = settings.folder()
@@ -1596,9 +1611,9 @@ class TrainingLog:
         self.clock = time.perf_counter()
         self.clock_step = step
 
-    def stop_clock(self, step, rate, net):
-        """A new row of the table: loss, rate and speed. Raises ValueError if the loss
-        or a weight is not finite."""
+    def new_row(self, step, rate, net):
+        """A new row of the table: loss, rate, and speed since start_clock. Raises
+        ValueError if the loss or a weight is not finite."""
         total = self.loss + sum(p.detach().sum() for p in net.parameters())
         if not torch.isfinite(total):
             raise ValueError(
@@ -1856,9 +1871,9 @@ class StopSignals:
     def __exit__(self, *error):
         self.put_back()
 
-    def explain(self, step, path, command):
-        """Raises Stopped, which says what resumes the run."""
-        raise Stopped(
+    def stopped(self, step, path, command):
+        """The Stopped to raise, which says what resumes the run."""
+        return Stopped(
             f"stopped after step {step:,}, all saved in {path}. To resume:\n  {command}",
             self.received,
         )
@@ -1980,15 +1995,24 @@ def widest_that_fits(classes, variant):
         width += 8
 
 
+def network_example(x, y, batch):
+    """Arguments like those with which training and validation call the network: torch
+    compiles for their shapes and types, whatever their values."""
+    x = to_model(x[:batch])
+    y = y[:batch].clone()  # as a part of a larger tensor it would be another kind to torch
+    return x, torch.zeros(len(y), device=y.device), y
+
+
 def sampler_example(net, batch):
     """Arguments like those with which guided_velocity calls `net` for `batch`
     samples."""
     device = next(net.parameters()).device
     x = torch.zeros(2 * batch, 3, 32, 32, device=device)
-    levels = torch.zeros(2 * batch, device=device)
+    log_snr = torch.zeros(2 * batch, device=device)
+    classes = torch.zeros(2 * batch, dtype=torch.int64, device=device)
     with torch.no_grad():
-        labels = net.embed(levels.long())
-    return x, levels, labels
+        embeddings = net.embed(classes)
+    return x, log_snr, embeddings
 
 
 def compile_network(net, how, examples, precision):
@@ -2173,7 +2197,7 @@ def run(argv):
 
     # The others start from a checkpoint, which knows how it was made, but not on which
     # machine we are; and `--classes` is of one command only. A recipe that is asked for
-    # must be its own.
+    # must be the one it was trained with.
     made = load_checkpoint(choose_settings(**given).checkpoint())["settings"]
     asked = PAPER if given.get("recipe") == "paper" else {}
     settings = Settings(**{**made, **THIS_MACHINE, "classes": "", **asked, **given})
