@@ -849,7 +849,7 @@ def train(settings, command="python diffusion.py"):
             # The step budget [2.1].
             assert step < MAX_STEPS, f"all {MAX_STEPS:,} optimiser steps are spent"
 
-            # A new epoch: pictures in a new order, and all noise levels at one go.
+            # A new epoch: pictures in a new order, and all their t at one go.
             if position == len(order):
                 order = torch.randperm(pictures, **on_device)[:epoch_size]
                 if settings.timesteps == "sobol":
@@ -858,7 +858,7 @@ def train(settings, command="python diffusion.py"):
                     times = torch.rand(epoch_size, **on_device)
                 position = 0
 
-            # Choose pictures and noise levels: the next ones in order.
+            # Choose pictures and times: the next ones in order.
             end = position + settings.batch_size
             chosen = order[position:end]
             t = times[position:end]  # (B,)
@@ -956,10 +956,10 @@ def validation_loss(
     count = len(chosen)
     generator = torch.Generator().manual_seed(1)
     noises = torch.randn(count, *x.shape[1:], generator=generator)
-    levels = (torch.arange(count) + 0.5) / count
+    times = (torch.arange(count) + 0.5) / count
 
     losses = []
-    batches = [part.split(EVAL_BATCH) for part in (chosen, noises, levels)]
+    batches = [part.split(EVAL_BATCH) for part in (chosen, noises, times)]
     for i, noise, t in zip(*batches):
         picture = to_model(x[i])
         noise = noise.to(y.device)
@@ -1012,12 +1012,12 @@ def guided_velocity(net, labels, w):
     none = net.embed(no_class).expand_as(wanted)  # (B,E)
 
     def model(x_t, log_snr):
-        levels = torch.full((len(x_t),), log_snr, device=x_t.device)
+        log_snrs = torch.full((len(x_t),), log_snr, device=x_t.device)
         if w == 0:
-            return net(x_t, levels, wanted)
+            return net(x_t, log_snrs, wanted)
         twice = torch.cat([x_t, x_t])
-        levels = torch.cat([levels, levels])
-        v_cond, v_uncond = net(twice, levels, torch.cat([wanted, none])).chunk(2)
+        log_snrs = torch.cat([log_snrs, log_snrs])
+        v_cond, v_uncond = net(twice, log_snrs, torch.cat([wanted, none])).chunk(2)
         return guide(v_cond, v_uncond, w)
 
     return model
