@@ -1907,6 +1907,21 @@ def test_diffusion_optimisers():
     assert all(p.ndim == 1 for p in others["params"] if p is not net.label.weight)
 
 
+def test_dropped_labels():
+    """A dropped label becomes "no class", the last row of the class embeddings: with
+    all dropped that row alone is trained, with none all others are."""
+    for share in (1, 0):
+        with small_run(diffusion) as (monkey, root):
+            without_results(diffusion, monkey)
+            run(diffusion, *SMALL, "--label-drop", share, "--steps", 4, "--out", root / "a")
+            state = load_state(root / "a")
+        settings = diffusion.Settings(**state["settings"])
+        start = diffusion.build_network(settings, len(state["names"])).label.weight
+        moved = (state["net"]["label.weight"] != start).any(dim=1)
+        assert moved[-1] == (share == 1)
+        assert moved[:-1].any() == (share == 0)
+
+
 def test_diffusion_muon():
     """Training with --optimiser muon: both groups follow the schedule, each to its own
     peak, and a run that was stopped goes on to the same bits."""
