@@ -11,7 +11,7 @@ from the top:
     python diffusion.py neighbours         the training pictures nearest to samples
     python diffusion.py fid                10,000 samples against the 10,000 test pictures
     python diffusion.py schedules          draw the three noise schedules
-    python diffusion.py export             the averaged weights alone, as a small file
+    python diffusion.py export             the averaged weights, in a small file (--weights)
     python diffusion.py --help             all settings
 
 Result so far: after 8,000 steps of 32 with --optimiser muon (37 minutes on two CPU cores,
@@ -122,7 +122,8 @@ class Settings:
     readable message, for a value that its field does not allow.
 
     The defaults are the paper's design but for `modulate`; where it names no number,
-    our choice.
+    our choice. `recipe` and data="shapes" change other defaults, which choose_settings
+    does.
     """
 
     # Where pictures come from and results go to.
@@ -219,7 +220,7 @@ SHAPES = dict(
     clip_x0="static",
 )
 
-# What `--recipe paper` gives back; a flag of the same command still wins.
+# What `--recipe paper` sets; a flag of the same command still wins.
 PAPER = dict(modulate="off")
 
 
@@ -762,7 +763,7 @@ def make_optimiser(net, max_lr, muon_lr, name="adamw"):
     return MuonWithAdamW(groups, betas)
 
 
-def train(settings, command="python diffusion.py"):
+def train(settings, command="train(settings), with the same settings"):
     """Train [2.2], or resume a run that was stopped, then sample; returns the
     validation loss.
 
@@ -833,7 +834,11 @@ def train(settings, command="python diffusion.py"):
         sobol.fast_forward(step * settings.batch_size + len(times) - position)
         if state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-        if state["device"] == device.type:  # each kind of device has its own kind of generator
+
+        # Each kind of device has its own kind of generator. On another kind than before
+        # it begins anew, at numbers that the run hasn't had yet.
+        random.manual_seed(settings.seed + step)
+        if state["device"] == device.type:
             random.set_state(state["random"])
     print(f"{step:,} of {settings.steps:,} steps done")
 
@@ -916,16 +921,23 @@ def train(settings, command="python diffusion.py"):
                     log.add_scores(validate(ema_net, data, settings.schedule, precision))
                 log.show(validating)
                 if validating or stopping:
-                    log.write_files()
-                    progress = dict(step=step, position=position, order=order, times=times)
-                    progress.update(random=random.get_state(), device=device.type)
-                    progress.update(scaler=scaler.state_dict(), command=command)
+                    progress = dict(
+                        step=step,
+                        position=position,
+                        order=order,
+                        times=times,
+                        random=random.get_state(),
+                        device=device.type,
+                        scaler=scaler.state_dict(),
+                        command=command,
+                    )
                     save_checkpoint(path, settings, data, parts, progress)
+                    log.write_files()
                 if drawing:
                     save_class_grid(settings, ema_net, data.names, step)
                 log.start_clock(step)
 
-    if stopping:
+    if stop.received is not None:
         raise stop.stopped(step, path, command)
     log.summarise(step)
     show_results(settings, ema_net, data, step)
@@ -1499,13 +1511,13 @@ def fid_mode(settings, net, names, data):
         raise OSError(f"{error}. The samples are kept in {kept}") from error
 
     # The test pictures' statistics and the floor are the same each time: keep them.
-    kept = out / f"fid-reference-{count}.pt"
+    kept = out / f"fid-reference-{count}-{data.checksum}.pt"
     if not kept.exists():
         test = feature_statistics(network, data.test_x)
         random = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(data.train_y), generator=random)[:count].to(device)
         real = feature_statistics(network, data.train_x[chosen])
-        torch.save(dict(test=test, floor=frechet_distance(*real, *test)), kept)
+        save_whole(dict(test=test, floor=frechet_distance(*real, *test)), kept)
     reference = torch.load(kept, weights_only=True)
     fid = frechet_distance(*feature_statistics(network, x.to(device)), *reference["test"])
 
@@ -1548,16 +1560,16 @@ def show_results(settings, net, data, step):
         return
     try:
         fid_mode(settings, net, data.names, data)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # all else is done: no reason for a traceback
         print(f"no FID: {error}")
 
 
-def open_network(settings, count):
+def open_network(settings, count, checksum=None):
     """(averaged network, class names) from settings.checkpoint(), to draw `count`
-    samples with. Needs no data set. Raises ValueError or OSError, with a readable
-    message."""
+    samples with. Needs no data set; `checksum` is that of one it must have been trained
+    on. Raises ValueError or OSError, with a readable message."""
     device, precision, _ = set_up(settings)
-    state = load_checkpoint(settings.checkpoint(), settings)
+    state = load_checkpoint(settings.checkpoint(), settings, checksum)
     net = build_network(settings, len(state["names"]), device).requires_grad_(False)
     restore(dict(ema=net), state)
 
@@ -1747,7 +1759,12 @@ def save_checkpoint(path, settings, data, parts, progress):
         checksum=data.checksum,
     )
 
-    # First beside it, then renamed: `path` is always a whole file, the old or the new one.
+    save_whole(state, path)
+
+
+def save_whole(state, path):
+    """torch.save, first beside `path`, then renamed: so it is always a whole file, the
+    old or the new one."""
     beside = path.with_suffix(".tmp")
     torch.save(state, beside)
     os.replace(beside, path)
@@ -1788,6 +1805,8 @@ def load_checkpoint(path, settings=None, checksum=None):
 def unusable(path, error):
     """The ValueError that says in one line why a checkpoint can't be used, and what
     helps."""
+    if isinstance(error, FileNotFoundError):
+        return ValueError(f"no {path}: train first, or say where it is (--out, --weights)")
     reason = " ".join(str(error).split())[:80] or type(error).__name__
     return ValueError(f"can't use {path} ({reason}): use its settings, or another --out")
 
@@ -1807,8 +1826,12 @@ def export(settings):
     training needs: weights as fp16, class names, settings, and `about`, which says where
     it is from. Returns the path; raises ValueError or OSError, with a readable message.
     """
-    path = Path(settings.weights or ".weights/diffusion.pt")
+    if not settings.weights:
+        raise ValueError("export wants --weights FILE, the file to write")
+    path = Path(settings.weights)
     source = settings.folder() / "checkpoint.pt"
+    if path.resolve() == source.resolve():
+        raise ValueError(f"--weights {path} is the checkpoint of the run itself")
     state = load_checkpoint(source)
     rows = [row for row in state["log"]["rows"] if "val_loss" in row]
     if not rows:
@@ -1827,7 +1850,7 @@ def export(settings):
         licence="MIT",
     )
     make_folder(path.parent)
-    torch.save(kept, path)
+    save_whole(kept, path)
     print(f"{path}: {path.stat().st_size:,} bytes, {kept['about']}")
     return path
 
@@ -1932,8 +1955,13 @@ def set_up(settings):
     precision, why = choose_precision(device, settings.precision)
     out = make_folder(settings.folder())
     torch.backends.cudnn.allow_tf32 = False  # what is said to be fp32 is fp32
+
+    # cuDNN's attention can give NaN gradients on a H100 where there are 64 tokens, as here
+    # (PyTorch issue 196678, September 2026), and has no GradScaler to catch them in bf16.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(f"torch {torch.__version__} on {name}, {str(precision)[6:]} {why}")
+    print(f"torch {torch.__version__} on {name}, {str(precision).removeprefix('torch.')} {why}")
     return device, precision, out
 
 
@@ -1958,7 +1986,7 @@ def make_folder(path):
         trial.unlink()
     except OSError as error:
         raise OSError(
-            f"--out {path} can't be written ({error.strerror}): choose another folder"
+            f"{path} can't be written to ({error.strerror}): choose another folder"
         ) from error
     return path
 
@@ -2124,6 +2152,9 @@ def check_value(field, value):
     this value."""
     flag = "--" + field.name.replace("_", "-")
     limits = field.metadata
+    kinds = (int, float) if field.type is float else field.type
+    if not isinstance(value, kinds):
+        raise ValueError(f"{flag} {value!r} is not of type {field.type.__name__}")
     if limits["choices"] and value not in limits["choices"]:
         raise ValueError(f"{flag} {value} is none of {', '.join(limits['choices'])}")
     if limits["low"] is not None:
@@ -2134,10 +2165,13 @@ def check_value(field, value):
             )
 
 
+THIS_MACHINE = dict(device="auto", compile="auto", precision="auto")
+
+
 def choose_settings(**given):
     """Settings from those `given`. For the rest, in this order: what `recipe="paper"`
-    takes back, the defaults for data="shapes", the defaults. Raises ValueError as
-    Settings does."""
+    sets, the defaults for data="shapes", the defaults. Raises ValueError as Settings
+    does."""
     values = {}
     if given.get("data") == "shapes":
         values.update(SHAPES)
@@ -2145,6 +2179,19 @@ def choose_settings(**given):
         values.update(PAPER)
     values.update(given)
     return Settings(**values)
+
+
+def checkpoint_settings(**given):
+    """Settings to draw with, from a checkpoint or exported weights: those `given`, and
+    for the rest those that it was made with. Raises ValueError, with a readable
+    message, if there is no such file or it can't be used.
+
+    A checkpoint knows how it was made, but not on which machine we are; and `classes`
+    is of one command only. Where a recipe is asked for, it must be the checkpoint's.
+    """
+    made = load_checkpoint(choose_settings(**given).checkpoint())["settings"]
+    asked = PAPER if given.get("recipe") == "paper" else {}
+    return Settings(**{**made, **THIS_MACHINE, "classes": "", **asked, **given})
 
 
 class Parser(argparse.ArgumentParser):
@@ -2178,9 +2225,6 @@ def parse(argv):
     return mode, given
 
 
-THIS_MACHINE = dict(device="auto", compile="auto", precision="auto")
-
-
 def run(argv):
     """What `python diffusion.py ARGV` does; returns the mode's result. Raises what the
     mode raises."""
@@ -2195,29 +2239,25 @@ def run(argv):
     if mode == "schedules":
         return schedules_mode(choose_settings(**given))
 
-    # The others start from a checkpoint, which knows how it was made, but not on which
-    # machine we are; and `--classes` is of one command only. A recipe that is asked for
-    # must be the one it was trained with.
-    made = load_checkpoint(choose_settings(**given).checkpoint())["settings"]
-    asked = PAPER if given.get("recipe") == "paper" else {}
-    settings = Settings(**{**made, **THIS_MACHINE, "classes": "", **asked, **given})
-    count = settings.fid_count if mode == "fid" else settings.count
-    net, names = open_network(settings, count)
-    if mode == "sample":
-        return sample_mode(settings, net, names)
-    if mode == "interpolate":
-        return interpolate_mode(settings, net, names)
+    # The others start from a checkpoint.
+    settings = checkpoint_settings(**given)
+    if mode in ("sample", "interpolate"):
+        net, names = open_network(settings, settings.count)
+        mode_function = sample_mode if mode == "sample" else interpolate_mode
+        return mode_function(settings, net, names)
 
-    # Neighbours and FID compare with real pictures.
-    data = load_data(settings.data, next(net.parameters()).device)
+    # Neighbours and FID compare with real pictures, those that the network learned from.
+    data = load_data(settings.data, choose_device(settings.device))
+    count = settings.fid_count if mode == "fid" else settings.count
+    net, names = open_network(settings, count, data.checksum)
     if mode == "neighbours":
         return neighbours_mode(settings, net, names, data)
     return fid_mode(settings, net, names, data)
 
 
 LESS_MEMORY = (
-    "out of memory: a quarter of --batch-size needs about a quarter of it; train it with "
-    "half of --max-lr, into another --out. In sampling the flag is --sample-batch"
+    "out of memory: a quarter of --batch-size needs about a quarter of it; train it into "
+    "another --out. In sampling the flag is --sample-batch"
 )
 
 
@@ -2231,12 +2271,15 @@ def main(argv=None):
     except RuntimeError as error:
         # CUDA, its libraries, Apple's GPUs and the CPU each say it in their own words.
         words = ("out of memory", "ALLOC_FAILED", "allocate memory", "not enough memory")
+        words += ("unable to find an engine",)  # cuDNN, when none has the memory it needs
         if not any(word in str(error) for word in words):
             raise
         sys.exit(f"error: {LESS_MEMORY}")
     except Stopped as stopped:
         print(f"\n{stopped}")
         sys.exit(128 + stopped.number)
+    except KeyboardInterrupt:  # outside the training loop there is nothing to save
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
