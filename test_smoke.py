@@ -484,6 +484,14 @@ def test_classifier_shapes():
     assert net(x).shape == (5, 7)
     assert net.stem(x).shape == (5, 24, 8, 8)
 
+    # In bf16 the logits are still of fp32's fineness.
+    for block in ("llama", "gpt2"):
+        net = classifier.Classifier(classes=7, width=24, layers=2, block=block)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = net(x)
+        assert logits.dtype == torch.float32
+        assert not torch.equal(logits, logits.bfloat16().float())
+
     x = torch.randn(4, 6, 12, 20)
     layer = classifier.depthwise_separable(6, 10, 3)
     assert layer(x).shape == (4, 10, 12, 20)
