@@ -20,8 +20,8 @@ minutes on two CPU cores, seed 0, 2026-11-25, torch 2.14.1); 66.59 and 66.26 % a
 steps of 128 (seeds 0 and 1). The full budget, the first command, is meant for a GPU and has not
 been run yet. README.md has the log and the curve.
 
-The paper's Figure 1 with our widths (D = 80), which `--recipe paper` builds, in 98,804
-parameters:
+The paper's network [1.2.1] with our widths (D = 80), which `--recipe paper` builds, in 98,804
+parameters (the paper's has 99,546; its Figure 1, which draws it, was not at hand):
 
     picture                                          (B,  3, 32, 32)
     depthwise-separable convolution, max-pool     -> (B, 40, 16, 16)
@@ -50,12 +50,15 @@ and pictures, 9 checkpoints, 10 device and width, 11 drawn shapes, 12 command li
 Shapes in comments: B pictures, C channels, H x W pixels, T tokens of width D.
 Tags like [1.2.1] name the paper's section; `our choice` marks what the paper leaves open.
 Numbers from 5 on are the paper's references:
-    [5]  RandAugment                      [33] A disciplined approach to hyper-parameters
+    [5]  RandAugment                      [32] GLU Variants Improve Transformer
+    [6]  Gated Convolutional Networks     [33] A disciplined approach to hyper-parameters
     [7]  Universal Transformers           [34] Super-Convergence (OneCycle)
-    [17] Batch Normalization              [41] Learning Visual Representations at Scale
-    [22] Decoupled Weight Decay (AdamW)        (depthwise-separable convolution)
-    [31] MobileNetV2                      [42] Attention Is All You Need
-    [32] GLU Variants Improve Transformer [44] Root Mean Square Layer Normalization
+    [10] GELU                             [40] LLaMA
+    [14] MobileNets                       [41] Learning Visual Representations at Scale
+    [17] Batch Normalization                   (depthwise-separable convolution)
+    [22] Decoupled Weight Decay (AdamW)   [42] Attention Is All You Need
+    [26] Searching for Activation         [44] Root Mean Square Layer Normalization
+         Functions (SiLU)
 Not the paper's: [M] Keller Jordan's "Muon: An optimizer for hidden layers in neural
 networks" (2024).
 
@@ -111,9 +114,9 @@ class Settings:
     """All settings; each is a flag of the command line too. Raises ValueError, with a
     readable message, for a value that its field does not allow.
 
-    The defaults are the paper's design but for stem, gate, head and optimiser. The
-    paper's optimal values are "in the provided implementation" [1.2.2], which is not
-    public. So all numbers but batch size, steps and layers are our choice.
+    The defaults are the paper's design but for stem, gate, head and optimiser. Its
+    optimal values are "in the provided implementation" [1.2.2], which is not public. So
+    all numbers but batch size and layers are our choice; steps are the budget.
 
     `recipe` and data="shapes" change other defaults, which choose_settings does.
     """
@@ -133,7 +136,8 @@ class Settings:
     eval_every: int = setting(500, "steps between validations; each saves", 1, MAX_STEPS)
 
     # How it is trained. In 800 steps of 128 (5,000 held-out pictures, seed 0, AdamW) peak
-    # rate 8e-3 had 35.7 % and 4e-3 33.2 %; weight decay 0.05 had 35.7 %, 0.01 35.4 %.
+    # rate 8e-3 had 35.7 % and 4e-3 33.2 %; weight decay 0.05 had 35.7 %, 0.01 35.4 %. (The
+    # paper took its peak from a range test [1.2.2], which the mode lr-find makes.)
     # Smoothing and the gradient's norm are customary values, not tuned.
     steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
     batch_size: int = setting(1024, "pictures per step", 1, 65_536)
@@ -162,13 +166,13 @@ class Settings:
     downsample: str = setting("max-pool", "how to shrink", choices=("max-pool", "strided"))
     width: int = setting(0, "channels D; 0: as many as the budget allows", 0, 4096)
 
-    # Beyond the paper, and on by default because together they helped: after 10,000 steps
-    # of 128 the test accuracy is 66.4 % with all four (two seeds), and 61.9 % with none
-    # (one seed, an earlier RandAugment). What each gains by itself is known from short
-    # runs only (5,000 held-out pictures, seed 0, where a point is noise). x + f(x) in the
-    # last two convolutions gained 5.2 points in 600 steps of 128. In 1,500 steps it had
-    # 44.5 %; moved to 16x16, with one linear layer at the end, 45.4 %; with Muon too,
-    # 49.8 %; and with the local gate, 50.7 %.
+    # Beyond the paper, and on by default because they helped in short runs (5,000 held-out
+    # pictures, seed 0, where a point is noise). x + f(x) in the last two convolutions
+    # gained 5.2 points in 600 steps of 128. In 1,500 steps it had 44.5 %; moved to 16x16,
+    # with one linear layer at the end, 45.4 %; with Muon too, 49.8 %; and with the local
+    # gate, 50.7 %. What each gains at length is not known yet; what all do was measured
+    # afterwards: after 10,000 steps of 128 the test accuracy is 66.4 % with all four (two
+    # seeds), and 61.9 % with none (one seed, an earlier RandAugment).
     stem: str = setting("residual", "last two convolutions", choices=("residual", "plain"))
     gate: str = setting("local", "gate of the llama MLP", choices=("local", "plain"))
     head: str = setting("single", "linear layers at the end", choices=("single", "pair"))
@@ -198,8 +202,8 @@ FREE_TO_CHANGE = (
 # The drawn shapes are learned in minutes, on a CPU too: defaults in their case.
 SHAPES = dict(steps=250, batch_size=128, eval_every=125)
 
-# What `--recipe paper` sets; a flag of the same command still wins. Crop and mirror stay:
-# the paper doesn't say that there are none.
+# What `--recipe paper` sets; a flag of the same command still wins. Crop and mirror, which
+# the paper doesn't list, stay.
 PAPER = dict(stem="plain", gate="plain", head="pair", optimiser="adamw")
 
 
@@ -209,17 +213,19 @@ PAPER = dict(stem="plain", gate="plain", head="pair", optimiser="adamw")
 
 
 def depthwise_separable(c_in, c_out, filters=1, strided=False, activation=nn.SiLU):
-    """Depthwise-separable convolution [31, 41]: (B,c_in,H,W) -> (B,c_out,H,W).
+    """Depthwise-separable convolution [14, 41]: (B,c_in,H,W) -> (B,c_out,H,W).
 
     A 3x3 convolution costs 9 * c_in * c_out weights. Split in two, first 3x3 filters
     for each channel (space), then a 1x1 mixture of the channels (features), it costs 9
     * c_in * filters + c_in * filters * c_out: with one filter per channel about an
     eighth, for 80 channels. The first layer takes more than one, as three colours alone
-    would leave the mixture too little to mix. BatchNorm [17] and activation follow each
-    half, as in MobileNet (our choice).
+    would leave the mixture too little to mix. "Each convolutional layer" [1.2.1], so
+    each half, as in MobileNets [14], is followed by BatchNorm [17] and an activation,
+    SiLU [10, 26].
 
-    `strided` is the paper's "4,2,1" [1.2.2], kernel, stride and padding, instead of
-    max-pooling; then the result is (B,c_out,H/2,W/2).
+    `strided` is the paper's "4,2,1" [1.2.2] instead of max-pooling. We read it as
+    kernel, stride and padding, and give it to the first half. Then the result is
+    (B,c_out,H/2,W/2).
     """
     c_mid = c_in * filters
     kernel = 4 if strided else 3
@@ -275,8 +281,8 @@ class Attention(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """out(act(gate(x)) * value(x)): (B,T,D) -> (B,T,D). With SiLU it is called SwiGLU
-    [32].
+    """out(act(gate(x)) * value(x)) [6]: (B,T,D) -> (B,T,D). With SiLU it is called
+    SwiGLU [32].
 
     A `local` gate, which is ours, is act(filter(gate(x))): a 3x3 filter for each
     channel, over the square that the tokens come from. So a token's gate sees its eight
@@ -307,8 +313,8 @@ class GatedMLP(nn.Module):
 class EncoderLayer(nn.Module):
     """A pre-norm transformer encoder layer: (B,T,D) -> (B,T,D).
 
-    "llama" is the paper's [1.2.1]: RMSNorm and a gated MLP, without dropout; no biases
-    and hidden width 2D are our choice. "gpt2", which it names and compares with, is
+    "llama" is the paper's [1.2.1]: RMSNorm and a gated MLP, without dropout; pre-norm
+    and no biases are LLaMA's [40], hidden width 2D is our choice. "gpt2", which it names and compares with, is
     LayerNorm, a plain MLP of width 4D and biases as we read it, also without dropout
     (GPT-2's own activation is GELU). `local_gate` is GatedMLP's, and ours, so for
     "llama" alone.
@@ -334,11 +340,11 @@ class EncoderLayer(nn.Module):
 
 
 def fourier_positions(side, width):
-    """Sines and cosines of row and column [42], each at width/4 frequencies: (side²,
-    width).
+    """Sines and cosines [1.2.2, 42] of row and column, each at width/4 frequencies:
+    (side²,width).
 
-    Wavelengths go from 2 tokens, which tells neighbours apart, to 2 * side, which
-    differs at every place (our choice). At 2 tokens the sine is 0 everywhere, and the
+    Two axes, and wavelengths from 2 tokens, which tells neighbours apart, to 2 * side,
+    which differs at every place, are our choice. At 2 tokens the sine is 0 everywhere, and the
     cosine 1 and -1 in turn.
     """
     place = torch.arange(side)[:, None]  # (side,1)
@@ -353,11 +359,11 @@ def fourier_positions(side, width):
 
 
 class Classifier(nn.Module):
-    """The paper's classifier [1.2.1]: normalised pictures (B,3,32,32) -> logits
-    (B,classes).
+    """The classifier [1.2.1]: normalised pictures (B,3,32,32) -> logits (B,classes).
 
-    The arguments are the paper's variants [1.2.2], and from `stem` on ours; this file's
-    header shows both. Pictures of another size than 32x32 don't fit the positions.
+    The arguments are the paper's variants [1.2.2], and from `stem` on ours. With
+    stem="plain", gate="plain" and head="pair" it is the paper's; this file's header
+    shows both. Pictures of another size than 32x32 don't fit the positions.
     Raises ValueError if `width` is no multiple of 4 (four heads; sine and cosine of two
     axes).
     """
@@ -382,7 +388,8 @@ class Classifier(nn.Module):
             raise ValueError(f"--width {width} is not a multiple of 4")
         activation = dict(silu=nn.SiLU, gelu=nn.GELU, relu=nn.ReLU)[activation]
 
-        # That there are four, their widths, and eight filters per colour are our choice.
+        # That there are four, their widths and kernels, and eight filters per colour are our
+        # choice.
         strided = downsample == "strided"
         pool = nn.Identity() if strided else nn.MaxPool2d(2)
         first = depthwise_separable(3, width // 2, 8, strided, activation)
@@ -423,6 +430,7 @@ class Classifier(nn.Module):
         for _ in range(distinct):
             layer = EncoderLayer(width, block, activation, local_gate=gate == "local")
             self.encoder.append(layer)
+        # A norm at the end, as in LLaMA [40].
         self.norm = RMSNorm(width) if block == "llama" else nn.LayerNorm(width)
 
         # "A pair of linear transformations" [1.2.1] with nothing between them; the width
@@ -1185,7 +1193,7 @@ def predict(settings, paths):
 
 
 def find_learning_rate(settings, lowest=1e-5, highest=1.0, longest=200):
-    """Range test [33]: raise the rate exponentially from `lowest` to just below
+    """Range test [1.2.2, 33]: raise the rate, exponentially (our choice), from `lowest` to just below
     `highest`, over settings.steps but at most `longest` steps, watch the loss, draw it,
     and propose a peak for OneCycle. Returns that rate. Touches no checkpoint. Raises as
     train does.

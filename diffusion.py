@@ -58,13 +58,15 @@ noise level at t, the paper's lambda, which is what the network is told; alpha a
 scales of signal and noise, alpha² + sigma² = 1 (alpha is not DDPM's alpha_t, a ratio of
 neighbouring alpha²); x_t a noised picture; v the velocity.
 Tags like [2.2] name the paper's section, (1) to (4) its equations; `our choice` marks what it
-leaves open. Numbers from 4 on are the paper's references:
-    [4]  Crowson's v-diffusion (the splice)   [28] U-Net
-    [11] Denoising Diffusion Probabilistic    [29] Photorealistic Text-to-Image Diffusion
-         Models (DDPM)                             (Imagen: dynamic clipping)
-    [12] Classifier-Free Guidance             [30] Progressive Distillation (velocity)
-    [20] Variational Diffusion Models         [35] Denoising Diffusion Implicit Models (DDIM)
-    [24] Improved DDPM (cosine schedule)      [39] slerp        [42] Attention Is All You Need
+leaves open. Numbers without a dot are the paper's references:
+    [3]  Crowson's Colab, from which the      [24] Improved DDPM (cosine schedule)
+         paper's code was adapted             [28] U-Net
+    [4]  Crowson's v-diffusion (the splice)   [29] Photorealistic Text-to-Image Diffusion
+    [11] Denoising Diffusion Probabilistic         (Imagen: dynamic clipping)
+         Models (DDPM)                        [30] Progressive Distillation (velocity)
+    [12] Classifier-Free Guidance             [35] Denoising Diffusion Implicit Models (DDIM)
+    [19] Understanding Diffusion Objectives   [39] slerp
+    [20] Variational Diffusion Models         [42] Attention Is All You Need
 Not the paper's: [M] Keller Jordan's "Muon: An optimizer for hidden layers in neural networks"
 (2024).
 
@@ -121,9 +123,10 @@ class Settings:
     """All settings; each is a flag of the command line too. Raises ValueError, with a
     readable message, for a value that its field does not allow.
 
-    The defaults are the paper's design but for `modulate`; where it names no number,
-    our choice. `recipe` and data="shapes" change other defaults, which choose_settings
-    does.
+    The defaults are the paper's design but for `modulate`. Numbers that it doesn't name
+    are our choice, and so are mirroring, clipping of the gradient and the course of the
+    rate, of which it says nothing. `recipe` and data="shapes" change other defaults,
+    which choose_settings does.
     """
 
     # Where pictures come from and results go to.
@@ -204,8 +207,8 @@ FREE_TO_CHANGE = (
     "sample_batch fid_count inception"
 ).split()
 
-# Defaults for drawn shapes: a small network, minutes on a CPU. The linear schedule
-# dwells on high noise, where shapes form. Dynamic clipping would wash out bright colours.
+# Defaults for drawn shapes, with `--recipe paper` too: a small network, minutes on a CPU.
+# The linear schedule dwells on high noise, where shapes form. Dynamic clipping would wash out bright colours.
 SHAPES = dict(
     width=24,
     steps=1000,
@@ -247,9 +250,10 @@ def regular_conv(c_in, c_out):
 
 
 def sinusoidal_embedding(log_snr, width=64):
-    """Sines and cosines of the noise level: (B,) -> (B,width) [2.2, 42].
+    """Sines and cosines of the noise level: (B,) -> (B,width) [42]. [2.2] says "timestep
+    embeddings"; what Eq. (4) gives the network is lambda, the log-SNR.
 
-    log_snr is between -20 and 20. Wavelengths go from 3 to 300 (our choice): the long
+    It is between -20 and 20. Wavelengths go from 3 to 300 (our choice): the long
     ones order all levels, the short ones tell neighbours apart.
     """
     low, high = math.log10(0.02), math.log10(2)
@@ -300,6 +304,7 @@ class Stage(nn.Sequential):
 
 class Attention(nn.Module):
     """Self-attention among all positions of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
+    (The abstract speaks of transformer layers, which would have an MLP too.)
 
     C / 64 heads, rounded (they must divide C), one group in the norm, and zeros in the
     last layer, so that it starts as the identity: all our choice. No positions are added:
@@ -334,7 +339,8 @@ class Injection(nn.Module):
     (B,E) -> (B,C,H,W).
 
     The embedding goes into the branch only; x passes by unchanged, as in any residual
-    block. A regular convolution, because a separable one looks at each channel by
+    block (our choice, as are norm, activation and the two places in the network). A
+    regular convolution, because a separable one looks at each channel by
     itself before it mixes them: the paper saw wave-like artefacts and blames that
     [2.3]. `conv` takes either.
     """
@@ -355,8 +361,8 @@ class UNet(nn.Module):
 
     x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), where the number
     `no_class` stands for "no class" (null label), or class embeddings (B,E) as `embed`
-    gives them; E is `e_width`. The ladder is in this file's header; all widths and
-    depths are our choice. `modulate` goes beyond the paper: the embedding acts in every
+    gives them; E is `e_width`. The ladder is in this file's header. Widths, depths and
+    kernels, the means of 2x2 that halve, and the added skips are our choice. `modulate` goes beyond the paper: the embedding acts in every
     block, not at two points alone. Raises ValueError if `width` is no multiple of 8.
     """
 
@@ -555,14 +561,15 @@ def random_flip(x, draw):
 # 4. Noise: schedules, alpha and sigma, velocity
 # --------------------------------------------------------------------------------------
 # A schedule maps t in [0,1] to the log-SNR, lambda = log(alpha²/sigma²): strictly
-# falling, finite at both ends, and invertible [2.2].
+# falling and invertible [2.2]. Ours are finite at both ends too.
 
 
 def cosine_schedule(t):
     """lambda = -2 log tan(a t + b) [2.2, 24], from 20 at t = 0 to -20 at t = 1; t any
     shape.
 
-    b = atan(e^-10) and a = atan(e^10) - b cut off the infinite ends, as in [12].
+    b = atan(e^-10) and a = atan(e^10) - b cut off the infinite ends, as in [12] (our
+    choice).
     """
     b = math.atan(math.exp(-10))
     a = math.pi / 2 - 2 * b
@@ -574,7 +581,7 @@ def cosine_schedule(t):
 
 def linear_schedule(t):
     """lambda = -log(e^(1e-4 + 10 t²) - 1), DDPM's linear betas in continuous time [11,
-    20]."""
+    20], which Crowson's code [3] had [2.3]."""
     return -torch.log(torch.expm1(1e-4 + 10 * t**2))
 
 
@@ -658,7 +665,7 @@ def learning_rate(step, steps, peak, warm_up):
 def update_ema(ema_net, net, decay, step):
     """ema_net += (1 - decay) (net - ema_net), weight by weight [2.2, 11, 24], after
     update number `step` (from 0). Warm-up, our choice: decay is at most (1 + step)/(10
-    + step), so that the average forgets the random start."""
+    + step), so that the average forgets the random start. So is the default decay."""
     decay = min(decay, (1 + step) / (10 + step))
     averages = list(ema_net.parameters())
     torch._foreach_lerp_(averages, list(net.parameters()), 1 - decay)
@@ -798,7 +805,7 @@ def train(settings, command="train(settings), with the same settings"):
 
     # Low-discrepancy t [2.2]: a Sobol sequence, of which each draw falls into a gap
     # that the earlier ones left, so a batch covers [0,1] evenly and the loss estimate
-    # varies less. In a batch of 2^n, row i gets its t from nearly the same part of
+    # varies less [2.3, 19]. In a batch of 2^n, row i gets its t from nearly the same part of
     # [0,1] each time, so nothing else may depend on the row: the pictures come in
     # random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
@@ -891,7 +898,7 @@ def train(settings, command="train(settings), with the same settings"):
             # Loss, in fp32: Eq. (3), as a mean over pictures and pixels.
             loss = (v - pred_v).square().mean()
 
-            # The gradient; all of it is scaled down if its norm is above clip_norm.
+            # The gradient; all of it is scaled down if its norm is above clip_norm (our choice).
             optimiser.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimiser)
@@ -1084,8 +1091,9 @@ def ddim_sample(model, x_t, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.
         pred_noise = (x_t - alpha * pred_x0) / sigma
 
         # Of the next noise, this much variance is fresh. With eta = 1 the step is
-        # DDPM's posterior: its mean given pred_x0, and its variance [11], which has the
-        # beta_t of the step from the next level to this one.
+        # DDPM's posterior: its mean given pred_x0, and its variance, the smaller of the
+        # two that [11] tries (our choice), with the beta_t of the step from the next
+        # level to this one.
         next_alpha = alphas[i + 1]
         next_sigma = sigmas[i + 1]
         beta = 1 - (alpha / next_alpha) ** 2
@@ -1428,7 +1436,7 @@ def save_samples(path, x, labels):
 
 
 def sample_mode(settings, net, names):
-    """Draw `count` samples, not cherry-picked: samples.png (400 at most) and, for other
+    """Figure 3, left: draw `count` samples, not cherry-picked: samples.png (400 at most) and, for other
     tools, samples.npz. Returns the pictures, uint8 (count,3,32,32)."""
     device = next(net.parameters()).device
     labels = pick_labels(settings, names, settings.count, device)
@@ -1461,9 +1469,10 @@ def neighbours_mode(settings, net, names, data, shown=16, k=4):
     """Figure 3, right: neighbours.png, samples each with its k nearest training
     pictures beside it.
 
-    Prints the median nearest distance of the samples and that of test pictures: a
-    network that copies the training set comes much nearer to it than new photographs do
-    [2.5]. A little nearer proves nothing, as smooth pictures are near to everything.
+    The paper sees in such pictures that its model mimics the training set [2.5]. Our
+    measure of that, printed, is the median nearest distance of the samples and that of
+    test pictures: a network that copies comes much nearer than new photographs do. A
+    little nearer proves nothing, as smooth pictures are near to everything.
     Returns both medians.
     """
     device = next(net.parameters()).device
