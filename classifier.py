@@ -314,10 +314,10 @@ class EncoderLayer(nn.Module):
     """A pre-norm transformer encoder layer: (B,T,D) -> (B,T,D).
 
     "llama" is the paper's [1.2.1]: RMSNorm and a gated MLP, without dropout; pre-norm
-    and no biases are LLaMA's [40], hidden width 2D is our choice. "gpt2", which it names and compares with, is
-    LayerNorm, a plain MLP of width 4D and biases as we read it, also without dropout
-    (GPT-2's own activation is GELU). `local_gate` is GatedMLP's, and ours, so for
-    "llama" alone.
+    and no biases are LLaMA's [40], hidden width 2D is our choice. "gpt2", which the
+    paper compares with, is LayerNorm, a plain MLP of width 4D and biases as we read it,
+    also without dropout (GPT-2's own activation is GELU). `local_gate` is GatedMLP's,
+    and ours, so for "llama" alone.
     """
 
     def __init__(self, width, block="llama", activation=nn.SiLU, local_gate=False):
@@ -1193,10 +1193,10 @@ def predict(settings, paths):
 
 
 def find_learning_rate(settings, lowest=1e-5, highest=1.0, longest=200):
-    """Range test [1.2.2, 33]: raise the rate, exponentially (our choice), from `lowest` to just below
-    `highest`, over settings.steps but at most `longest` steps, watch the loss, draw it,
-    and propose a peak for OneCycle. Returns that rate. Touches no checkpoint. Raises as
-    train does.
+    """Range test [1.2.2, 33]: raise the rate, exponentially (our choice), from `lowest`
+    to just below `highest`, over settings.steps but at most `longest` steps, watch the
+    loss, draw it, and propose a peak for OneCycle. Returns that rate. Touches no
+    checkpoint. Raises as train does.
     """
     device, precision, out = set_up(settings)
     if precision == torch.float16:

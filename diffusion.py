@@ -208,7 +208,8 @@ FREE_TO_CHANGE = (
 ).split()
 
 # Defaults for drawn shapes, with `--recipe paper` too: a small network, minutes on a CPU.
-# The linear schedule dwells on high noise, where shapes form. Dynamic clipping would wash out bright colours.
+# The linear schedule dwells on high noise, where shapes form. Dynamic clipping would wash
+# out bright colours.
 SHAPES = dict(
     width=24,
     steps=1000,
@@ -362,8 +363,9 @@ class UNet(nn.Module):
     x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), where the number
     `no_class` stands for "no class" (null label), or class embeddings (B,E) as `embed`
     gives them; E is `e_width`. The ladder is in this file's header. Widths, depths and
-    kernels, the means of 2x2 that halve, and the added skips are our choice. `modulate` goes beyond the paper: the embedding acts in every
-    block, not at two points alone. Raises ValueError if `width` is no multiple of 8.
+    kernels, the means of 2x2 that halve, and the added skips are our choice. `modulate`
+    goes beyond the paper: the embedding acts in every block, not at two points alone.
+    Raises ValueError if `width` is no multiple of 8.
     """
 
     def __init__(
@@ -1436,8 +1438,8 @@ def save_samples(path, x, labels):
 
 
 def sample_mode(settings, net, names):
-    """Figure 3, left: draw `count` samples, not cherry-picked: samples.png (400 at most) and, for other
-    tools, samples.npz. Returns the pictures, uint8 (count,3,32,32)."""
+    """Figure 3, left: draw `count` samples, not cherry-picked: samples.png (400 at most)
+    and, for other tools, samples.npz. Returns the pictures, uint8 (count,3,32,32)."""
     device = next(net.parameters()).device
     labels = pick_labels(settings, names, settings.count, device)
     x = generate(net, labels, **sampling_options(settings, device))
