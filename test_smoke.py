@@ -1020,17 +1020,88 @@ def check_cifar_folder(module, cifar, monkey, root):
 # --------------------------------------------------------------------------------------
 
 
+def picture_numbers(x, pictures):
+    """Which of `pictures` each of x is: their numbers. All uint8, all different."""
+    number = {picture.numpy().tobytes(): i for i, picture in enumerate(pictures)}
+    return [number[picture.numpy().tobytes()] for picture in x]
+
+
+def classifier_batches(seed):
+    """Two epochs of three steps as train() makes them: the numbers of the pictures of
+    each epoch, and the weights that it ends with. What `augment` is told and what the
+    network gets are checked on the way."""
+    augment = classifier.augment
+    forward = classifier.Classifier.forward
+    numbers, changed, seen = [], [], []
+
+    def noting_augment(x, operations, magnitude):
+        assert (operations, magnitude) == (2, 7)
+        numbers.extend(picture_numbers(x, data.train_x))
+        changed.append(augment(x, operations, magnitude))
+        return changed[-1]
+
+    def noting_forward(self, x):
+        if self.training:
+            seen.append(x.clone())
+        return forward(self, x)
+
+    flags = [*TINY, "--randaugment-ops", 2, "--randaugment-magnitude", 7, "--seed", seed]
+    with small_run(classifier, train=60, test=100) as (monkey, out):
+        data = classifier.load_data("shapes")
+        without_results(classifier, monkey)
+        monkey(classifier, "augment", noting_augment)
+        monkey(classifier.Classifier, "forward", noting_forward)
+        steps = ["--batch-size", 20, "--steps", 6, "--eval-every", 3]
+        run(classifier, *flags, *steps, "--out", out)
+        weights = load_state(out)["net"]
+
+    mean, std = classifier.channel_statistics(data.train_x)
+    assert len(seen) == 6
+    for x, result in zip(seen, changed):
+        assert torch.equal(x, classifier.normalise(result, mean, std))
+    return numbers[:60], numbers[60:], weights
+
+
+def test_classifier_batches():
+    """Each epoch has every picture once, in an order of its own; what is trained on is
+    what `augment` made of them; and another seed is another run."""
+    first, second, weights = classifier_batches(0)
+    assert sorted(first) == sorted(second) == list(range(60))
+    assert first != second
+    assert sorted(first) not in (first, second)
+    other, _, other_weights = classifier_batches(1)
+    assert other != first
+    assert not same(weights, other_weights)
+
+
+def test_augment_takes_its_magnitude():
+    """What `augment` does of a high magnitude, it does not of a low one: black comes in
+    from the side by up to 14 pixels, where a crop alone brings 4."""
+    torch.manual_seed(0)
+    grey = torch.full((300, 3, 32, 32), 100, dtype=torch.uint8)
+    widest = {}
+    for magnitude in (2, 30):
+        x = classifier.augment(grey, 1, magnitude)
+        columns = (x == 0).all(dim=1).all(dim=1)  # (300,32): black from top to bottom
+        widest[magnitude] = columns.sum(dim=1).max().item()
+    assert widest[2] <= 4 + 1
+    assert widest[30] > 10
+
+
 def test_schedule():
     """OneCycle as train() uses it: rises to the peak at 30 %, ends near 0, a rate for
-    each step, and the log has the rates that were used."""
-    used = []
+    each step, and the log has the rates that were used. AdamW's first beta goes the
+    other way, and the weight decay is the one asked for."""
+    used, betas, decays = [], [], []
     step = torch.optim.AdamW.step
 
     def noting(self, *args, **kwargs):
         used.append(self.param_groups[0]["lr"])
+        betas.append(self.param_groups[1]["betas"][0])
+        decays.append([group["weight_decay"] for group in self.param_groups])
         return step(self, *args, **kwargs)
 
-    flags = ["--steps", 40, "--max-lr", 0.01, "--log-every", 1]
+    flags = ["--steps", 40, "--max-lr", 0.01, "--log-every", 1, "--weight-decay", 0.3]
     with small_run(classifier, train=200, test=100) as (monkey, out):
         monkey(torch.optim.AdamW, "step", noting)
         without_results(classifier, monkey)
@@ -1048,6 +1119,10 @@ def test_schedule():
     changes = np.diff(rates)
     assert (changes[:peak] > 0).all()
     assert (changes[peak:] < 0).all()
+    assert abs(betas[0] - 0.95) < 1e-6
+    assert abs(betas[peak] - 0.85) < 0.01
+    assert abs(betas[-1] - 0.95) < 1e-3
+    assert decays == [[0.3, 0.0]] * 40
 
 
 def test_weight_decay_groups():
@@ -1140,6 +1215,52 @@ def test_evaluate_is_exact():
     assert abs(smooth.loss - expected.item()) < 1e-5
 
 
+class Brightness(torch.nn.Module):
+    """Says class 0, the more surely the brighter the normalised picture."""
+
+    def forward(self, x):
+        logits = torch.zeros(len(x), 10)
+        logits[:, 0] = 2 + x.mean(dim=(1, 2, 3))
+        return logits
+
+
+def test_report():
+    """Each figure is of the pictures and of the criterion that its name says."""
+    x = random_bytes(600, 3, 32, 32)
+    labels = torch.arange(200) % 9 + 1  # none is 0
+    parts = []
+    for share in (0.3, 0.5, 0.7):
+        y = labels.clone()
+        y[: int(share * 200)] = 0
+        parts.append(y)
+    train_x, val_x, test_x = x.split(200)
+    train_y, val_y, test_y = parts
+    names = [str(i) for i in range(10)]
+    data = classifier.Data(train_x, train_y, val_x, val_y, test_x, test_y, names, 0)
+    scale = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    net = Brightness()
+
+    def loss(x, y, **options):
+        return F.cross_entropy(net(x.float() / 255), y, **options).item()
+
+    scores = classifier.validate(net, data, *scale, torch.float32)
+    assert abs(scores["train_acc"] - 0.3) < 1e-6
+    assert abs(scores["val_acc"] - 0.5) < 1e-6
+    assert abs(scores["val_loss"] - loss(val_x, val_y)) < 1e-4
+
+    settings = classifier.Settings(holdout=200, label_smoothing=0.4)
+    with patched() as monkey:
+        monkey(classifier, "augment", lambda x, *how: torch.zeros_like(x))
+        text = classifier.report(net, data, settings, *scale, with_test=True)
+    trained = loss(torch.zeros_like(train_x), train_y, label_smoothing=0.4)
+    assert f"train loss: {loss(train_x, train_y):.3f}, " in text
+    assert f"val loss: {loss(val_x, val_y):.3f}, " in text
+    assert "train acc: 0.300±" in text
+    assert "val acc: 0.500±" in text
+    assert f"augmented): {trained:.3f}" in text
+    assert f"70.00%, loss {loss(test_x, test_y):.3f}" in text
+
+
 def test_resume_is_bit_identical():
     """Stopped in mid-epoch by Ctrl-C and resumed past the epoch's end, RandAugment on:
     the same bits as a run that was never stopped."""
@@ -1162,6 +1283,8 @@ def test_resume_is_bit_identical():
         for key in ("net", "optimiser", "schedule", "random", "order", "position"):
             assert same(state[key], expected[key]), key
         assert same(state["log"]["loss"], expected["log"]["loss"])
+        assert [row["step"] for row in expected["log"]["rows"]] == [5, 10, 15, 20, 23]
+        assert [row["step"] for row in state["log"]["rows"]] == [5, 9, 10, 15, 20, 23]
         assert first == second
 
         # Finished: started again, it only says its result, and trains nothing.
@@ -1173,6 +1296,60 @@ def test_resume_is_bit_identical():
 
         other = refused(classifier, *flags, "--seed", 5, *whole)
         assert "seed is 0, not 5" in other
+
+        # Other pictures in the folder: neither trained nor measured.
+        small_shapes(classifier, monkey, 7, 7)
+        for mode in ("train", "eval"):
+            message = refused(classifier, mode, *flags, *whole)
+            assert "other pictures" in message
+
+
+def test_seed_of_the_weights():
+    """The seed of the settings decides the weights a network begins with."""
+    for module in MODULES:
+        nets = []
+        for seed in (0, 0, 1):
+            settings = module.Settings(width=8, seed=seed)
+            nets.append(module.build_network(settings, 7).state_dict())
+        assert same(nets[0], nets[1])
+        assert not same(nets[0], nets[2])
+
+
+def test_free_to_change():
+    """What a resumed run may not change: all that shapes the trained network."""
+    shaping = {
+        classifier: "holdout seed steps batch_size max_lr weight_decay label_smoothing "
+        "clip_norm randaugment_ops randaugment_magnitude block activation layers tied "
+        "positions downsample width stem gate head optimiser",
+        diffusion: "seed steps batch_size max_lr warm_up optimiser muon_lr clip_norm ema "
+        "label_drop schedule timesteps width after_injection modulate",
+    }
+    for module, names in shaping.items():
+        fields = set(module.Settings.__dataclass_fields__)
+        assert fields - set(module.FREE_TO_CHANGE) == set(names.split())
+
+
+def test_running_loss():
+    """The loss of the log begins with that of the first step and then follows in
+    fiftieths."""
+    for module in MODULES:
+        log = module.TrainingLog(Path(), 100, 10, "cpu")
+        log.add(1, torch.tensor(4.0))
+        assert log.loss == 4
+        log.add(200, torch.tensor(5.0))
+        assert_close(log.loss, torch.tensor(4.02))
+
+
+def test_second_signal():
+    """A first signal of either kind is noted; a second one acts as ever."""
+    for module in MODULES:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with module.StopSignals() as stop:
+                signal.raise_signal(number)
+                assert stop.received == number
+                with contextlib.suppress(KeyboardInterrupt):
+                    signal.raise_signal(signal.SIGINT)
+                    raise AssertionError("the second signal was swallowed")
 
 
 def test_killed_process_resumes():
@@ -1251,6 +1428,9 @@ def check_export(module, out, part, *flags):
     assert set(state["about"]) == {"command", "date", "result", "licence"}
     command = f"python {module.__name__}.py --data shapes"
     assert state["about"]["command"].startswith(command)
+    last = load_state(out)["log"]["rows"][-1]
+    result = f"{last['val_acc']:.2%}" if "val_acc" in last else f"{last['val_loss']:.4f}"
+    assert result in state["about"]["result"]
     assert str(out) not in state["about"]["command"]
     folders = "python x.py --out 'my runs/1' --seed 3 --data=/data --steps 5"
     assert module.without_folders(folders) == "python x.py --seed 3 --steps 5"
@@ -1273,7 +1453,7 @@ def test_exported_classifier():
     a line."""
     load = classifier.load_data
     with small_run(classifier, train=1000) as (monkey, out):
-        flags = [*TINY, "--steps", 40, "--max-lr", 0.02]
+        flags = [*TINY, "--steps", 40, "--eval-every", 20, "--max-lr", 0.02]
         trained, _ = run(classifier, *flags, "--out", out)
         path = check_export(classifier, out, "net")
         own = ["export", "--data", "shapes", "--out", out]
@@ -1295,6 +1475,20 @@ def test_exported_classifier():
         Image.fromarray(pixels).resize((90, 60)).convert("L").save(wide)
         assert torch.equal(classifier.open_picture(small), x)
         assert classifier.open_picture(wide).shape == (1, 3, 32, 32)
+
+        # The middle of it, not all of it squashed; and turned as the camera was.
+        stripes = np.zeros((32, 96, 3), np.uint8)
+        stripes[:, 32:64] = 255
+        Image.fromarray(stripes).save(out / "stripes.png")
+        assert (classifier.open_picture(out / "stripes.png") == 255).all()
+        halves = np.zeros((64, 64, 3), np.uint8)
+        halves[:32] = 255
+        exif = Image.Exif()
+        exif[274] = 3  # upside down
+        Image.fromarray(halves).save(out / "turned.png", exif=exif)
+        turned = classifier.open_picture(out / "turned.png")[0, 0]
+        assert (turned[:15] == 0).all()
+        assert (turned[17:] == 255).all()
 
         # What is transparent is white; a file that claims to be enormous is refused.
         seen = Image.fromarray(pixels).convert("RGBA")
@@ -1319,7 +1513,14 @@ def test_exported_classifier():
         assert first.startswith(f"{small}: {guesses[0]} ")
         shares = [float(share) for share in re.findall(r"([0-9.]+)%", first)]
         assert len(shares) == 5
-        assert shares == sorted(shares, reverse=True)
+
+        # They are the network's, with the trained weights and in evaluation mode.
+        state = load_state(path.parent, path.name)
+        net = classifier.build_network(notebook, len(names)).eval()
+        net.load_state_dict(state["net"])
+        normal = classifier.normalise(x, state["mean"], state["std"])
+        likeliest = net(normal).softmax(1)[0].sort(descending=True).values[:5]
+        assert_close(torch.tensor(shares), 100 * likeliest.detach(), atol=0.06, rtol=0)
 
         (out / "text.png").write_text("no picture")
         assert "text.png" in refused(classifier, "predict", out / "text.png", *here)
@@ -1366,10 +1567,29 @@ def test_exported_diffusion():
 
 def test_lr_find():
     """The range test proposes a rate, draws its curve, and writes no checkpoint."""
-    with small_run(classifier) as (_, out):
+    used = []
+    step = torch.optim.AdamW.step
+
+    def noting(self):
+        used.append([group["lr"] for group in self.param_groups])
+        return step(self)
+
+    with small_run(classifier) as (monkey, out):
+        monkey(torch.optim.AdamW, "step", noting)
         peak, text = run(classifier, "lr-find", *TINY, "--steps", 40, "--out", out)
-        assert 1e-6 < peak < 1
         assert "proposed: --max-lr" in text
+
+        # A third of the rate at which the loss was least; rates rise from 1e-5 by the
+        # same factor each time.
+        found = re.findall(r"lr ([0-9.e+-]+)  loss ([0-9.]+)", text)
+        rates = [float(rate) for rate, _ in found]
+        losses = [float(loss) for _, loss in found]
+        assert len(rates) == 40
+        assert_close(torch.tensor(used), torch.tensor([rates, rates]).T, rtol=0.01, atol=0)
+        exponents = torch.linspace(-5, -0.125, 40)
+        assert_close(torch.tensor(rates).log10(), exponents, atol=0.01, rtol=0)
+        least = [rate for rate, loss in zip(rates, losses) if loss == min(losses)]
+        assert min(abs(peak / (rate / 3) - 1) for rate in least) < 0.01
         assert is_picture(out / "lr_find.png")
         assert not (out / "checkpoint.pt").exists()
 
@@ -1532,6 +1752,51 @@ def test_damaged_checkpoint():
                 message = str(raised(ValueError, module.load_checkpoint, path))
                 assert "can't use" in message
                 assert "\n" not in message
+
+
+class Intruder:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_checkpoints_run_no_code():
+    """A checkpoint from elsewhere is refused before anything in it runs."""
+    for module in MODULES:
+        with tempfile.TemporaryDirectory() as out:
+            path = Path(out) / "checkpoint.pt"
+            made = Path(out) / "made"
+            settings = vars(module.Settings())
+            torch.save(dict(settings=settings, intruder=Intruder(made)), path)
+            raised(ValueError, module.load_checkpoint, path)
+            assert not made.exists()
+
+
+def test_another_machine():
+    """Device, compiling and precision are this machine's, not those of the machine that
+    made the checkpoint."""
+    for module in MODULES:
+        with tempfile.TemporaryDirectory() as out:
+            there = dict(device="cuda", compile="on", precision="bf16")
+            settings = vars(module.Settings(**there, width=8))
+            torch.save(dict(settings=settings), Path(out) / "checkpoint.pt")
+            here = module.checkpoint_settings(out=out)
+        assert here.width == 8
+        assert (here.device, here.compile, here.precision) == ("auto",) * 3
+
+
+def test_no_cudnn_attention():
+    """cuDNN's attention, which can give NaN gradients, is off in every mode."""
+    for module in MODULES:
+        with tempfile.TemporaryDirectory() as out:
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            with contextlib.redirect_stdout(io.StringIO()):
+                module.set_up(module.Settings(out=out))
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_errors_are_exceptions():
@@ -1801,6 +2066,17 @@ def test_sampler_on_gaussian():
     last = alpha[1] * x - sigma[1] * model(x, 0.5)
     assert_close(sampled, last)
 
+    # With clipping, the noise is what makes up x_t beside the clipped picture.
+    def bright_at_first(x, log_snr):
+        alpha, sigma = flat_scales(torch.tensor([log_snr]).double())
+        x0 = torch.full_like(x, 1.5) if log_snr < 0 else x / 2
+        return (alpha * x - x0) / sigma
+
+    x = torch.tensor([0.8]).double().view(1, 1, 1, 1)
+    sampled = diffusion.ddim_sample(bright_at_first, x, log_snr, 0.0, "static")
+    noise = (x - alpha[0] * 1) / sigma[0]
+    assert_close(sampled, (alpha[1] * 1 + sigma[1] * noise) / 2)
+
     # DDIM follows the exact path, x0 = mean + std * x1: its error falls about as
     # 1/steps.
     x = torch.linspace(-2, 2, 9).double().view(-1, 1, 1, 1)
@@ -1841,21 +2117,6 @@ def largest_gap(t):
     """The longest stretch of [0,1] without one of the timesteps."""
     t = t.sort().values
     return torch.cat([t[:1], t.diff(), 1 - t[-1:]]).max().item()
-
-
-def test_sobol_is_even():
-    """The timesteps of a batch fill [0,1] better than independent ones, and
-    fast_forward, which resuming uses, goes to the same place."""
-    engine = torch.quasirandom.SobolEngine(1, scramble=True, seed=3)
-    engine.draw(64)
-    t = engine.draw(64)[:, 0]
-    torch.manual_seed(0)
-    gaps = [largest_gap(torch.rand(64)) for _ in range(20)]
-    assert largest_gap(t) < 0.5 * min(gaps)
-
-    again = torch.quasirandom.SobolEngine(1, scramble=True, seed=3)
-    again.fast_forward(64)
-    assert torch.equal(again.draw(64)[:, 0], t)
 
 
 def no_scores(*args):
@@ -1911,6 +2172,66 @@ def test_timesteps():
             assert not torch.equal(t, following)
 
 
+def diffusion_batches(seed):
+    """Two epochs of a training with three in ten labels dropped, 600 pictures each: for
+    each picture its number, whether it was mirrored and whether its label was dropped;
+    then the noise, and the weights that it ends with."""
+    forward = diffusion.UNet.forward
+    add = diffusion.add_noise
+    pictures, noises, labels = [], [], []
+
+    def noting_noise(x, noise, *rest):
+        pictures.append(x.clone())
+        noises.append(noise.clone())
+        return add(x, noise, *rest)
+
+    def noting_forward(self, x, log_snr, y):
+        if self.training:
+            labels.append(y.clone())
+        return forward(self, x, log_snr, y)
+
+    flags = ["--batch-size", 60, "--steps", 20, "--label-drop", 0.3, "--seed", seed]
+    with small_run(diffusion) as (monkey, out):
+        data = diffusion.load_data("shapes")
+        without_results(diffusion, monkey)
+        monkey(diffusion, "validate", no_scores)
+        monkey(diffusion, "add_noise", noting_noise)
+        monkey(diffusion.UNet, "forward", noting_forward)
+        run(diffusion, *SMALL, *flags, "--out", out)
+        weights = load_state(out)["net"]
+
+    both = torch.cat([data.train_x, data.train_x.flip(-1)])
+    seen = picture_numbers(diffusion.to_uint8(torch.cat(pictures)), both)
+    seen = torch.tensor(seen)
+    number = seen % 600
+    mirrored = seen >= 600
+    dropped = torch.cat(labels) == 100
+    assert torch.equal(torch.cat(labels)[~dropped], data.train_y[number][~dropped])
+    return number, mirrored, dropped, torch.cat(noises), weights
+
+
+def test_diffusion_batches():
+    """Each epoch has every picture once, in an order of its own; half are mirrored; the
+    labels asked for are dropped, mirrored or not; and another seed is another run."""
+    number, mirrored, dropped, noise, weights = diffusion_batches(0)
+    first, second = number.split(600)
+    everything = torch.arange(600)
+    assert torch.equal(first.sort().values, everything)
+    assert torch.equal(second.sort().values, everything)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first, everything)
+
+    # 1,200 draws: four standard deviations are 0.06 of half of them, 0.08 of a half's 0.3.
+    assert abs(mirrored.float().mean() - 0.5) < 0.06
+    for side in (mirrored, ~mirrored):
+        assert abs(dropped[side].float().mean() - 0.3) < 0.08
+
+    other, _, _, other_noise, other_weights = diffusion_batches(1)
+    assert not torch.equal(other, number)
+    assert not torch.equal(other_noise, noise)
+    assert not same(weights, other_weights)
+
+
 def check_average(step, share):
     """One update of the average at this step moves it by `share` of the way."""
     net = torch.nn.Linear(2, 2)
@@ -1928,6 +2249,7 @@ def test_diffusion_optimisers():
     adamw = diffusion.make_optimiser(net, 1e-3, 2e-2)
     assert len(adamw.param_groups) == 1
     assert adamw.param_groups[0]["weight_decay"] == 0
+    assert adamw.param_groups[0]["betas"] == (0.9, 0.99)
     assert len(adamw.param_groups[0]["params"]) == len(list(net.parameters()))
 
     muon = diffusion.make_optimiser(net, 1e-3, 2e-2, "muon")
@@ -2095,6 +2417,62 @@ def test_modulation():
         assert net(x, torch.zeros(2), torch.tensor([3, 100])).shape == x.shape
 
 
+def test_classifier_by_formula():
+    """The encoder layer normalises before each half; positions and activations are
+    those asked for."""
+    layer = classifier.EncoderLayer(24)
+    x = torch.randn(2, 9, 24)
+    middle = x + layer.attention(layer.norm1(x))
+    assert_close(layer(x), middle + layer.mlp(layer.norm2(middle)))
+
+    net = classifier.Classifier(width=16)
+    assert torch.equal(net.positions, classifier.fourier_positions(8, 16))
+    assert not classifier.Classifier(width=16, positions="none").positions.any()
+    for name, kind in [("silu", "SiLU"), ("gelu", "GELU"), ("relu", "ReLU")]:
+        net = classifier.Classifier(width=16, activation=name)
+        kinds = {type(layer).__name__ for layer in net.modules()}
+        assert kinds & {"SiLU", "GELU", "ReLU"} == {kind}
+
+
+def test_unet_by_formula():
+    """The injection is a branch beside x; the skips are added; every weight takes part;
+    the noise level's waves are 3 to 300 long; the last layer is fp32 under bf16."""
+    net = tiny_unet()
+    x = torch.randn(3, 3, 32, 32)
+    log_snr = torch.tensor([-3.0, 0.0, 4.0])
+    labels = torch.arange(3)
+
+    inject = net.inject1
+    h = torch.randn(3, 8, 6, 6)
+    e = torch.randn(3, 128)
+    shifted = inject.norm(h + inject.project(e)[:, :, None, None])
+    assert_close(inject(h, e), h + inject.conv(shifted * shifted.sigmoid()))
+
+    waves = diffusion.sinusoidal_embedding(log_snr)
+    assert waves.shape == (3, 64)
+    assert_close(waves[:, 0], (0.02 * log_snr).sin())
+    assert_close(waves[:, 63], (2 * log_snr).cos())
+
+    net(x, log_snr, torch.tensor([0, 3, 7])).square().sum().backward()
+    for name, weight in net.named_parameters():
+        assert weight.grad.any(), name
+
+    with torch.autocast("cpu", torch.bfloat16):
+        v = net(x, log_snr, labels)
+    assert v.dtype == torch.float32
+    assert not torch.equal(v, v.bfloat16().float())
+
+    # With nothing from below, what is left at each size is its skip.
+    net.requires_grad_(False)
+    for join, skip in [(net.join2, net.down2), (net.join1, net.down1)]:
+        for weight in join.parameters():
+            weight.zero_()
+        before = net(x, log_snr, labels)
+        for weight in skip.parameters():
+            weight.mul_(1.5)
+        assert (net(x, log_snr, labels) - before).abs().max() > 1e-4
+
+
 def test_unet_attention_by_formula():
     """x + out(heads side by side), each head a softmax average among the places of a
     picture; as built, the identity."""
@@ -2167,6 +2545,100 @@ def test_generate():
     assert levels_apart(x[:50], x[50:100]).mean() > 5
 
 
+def test_generate_options():
+    """What generate is told reaches the sampler: levels of the schedule from pure noise
+    to just before t = 0, w, eta, clipping. Different seeds share no chunk of noise."""
+    calls = []
+    guided = diffusion.guided_velocity
+
+    def noting_sampler(model, x, log_snrs, eta, clip, noise):
+        calls.append((log_snrs, eta, clip))
+        return x
+
+    def noting_guidance(net, labels, w):
+        calls.append((labels.tolist(), w))
+        return guided(net, labels, w)
+
+    labels = torch.tensor([3, 1])
+    with patched() as monkey:
+        monkey(diffusion, "ddim_sample", noting_sampler)
+        monkey(diffusion, "guided_velocity", noting_guidance)
+        how = dict(schedule="linear", steps=4, eta=0.3, guidance=1.7, clip="static")
+        diffusion.generate(tiny_unet(), labels, **how)
+    guidance, (log_snrs, *rest) = calls
+    assert guidance == ([3, 1], 1.7)
+    assert rest == [0.3, "static"]
+    expected = diffusion.linear_schedule(torch.tensor([1.0, 0.75, 0.5, 0.25]))
+    assert_close(log_snrs, expected)
+
+    second = diffusion.SampleNoise(2, 50, 50, "cpu")()
+    third = diffusion.SampleNoise(3, 0, 50, "cpu")()
+    assert not torch.equal(second, third)
+
+
+def test_sampling_options():
+    """Every flag of sampling is what generate gets; the schedule is training's unless
+    another is asked for."""
+    asked = dict(
+        sample_seed=5,
+        seed=6,
+        schedule="spliced",
+        sample_steps=7,
+        eta=0.3,
+        guidance=1.5,
+        clip_x0="static",
+        sample_batch=99,
+    )
+    device = torch.device("cpu")
+    options = diffusion.sampling_options(diffusion.Settings(**asked), device)
+    options.pop("progress")
+    assert options == dict(
+        seed=5,
+        schedule="spliced",
+        steps=7,
+        eta=0.3,
+        guidance=1.5,
+        clip="static",
+        batch=99,
+        precision=torch.float32,
+    )
+    settings = diffusion.Settings(**asked, sample_schedule="linear")
+    assert diffusion.sampling_options(settings, device)["schedule"] == "linear"
+
+
+def test_pictures_are_of_the_average():
+    """Grids during training and all that follows it are drawn by the averaged network;
+    a grid has one row per class."""
+    drawn, shown = [], []
+
+    def noting_generate(net, labels, **options):
+        drawn.append((weight_copies(net), labels.tolist()))
+        return random_bytes(len(labels), 3, 32, 32)
+
+    def noting_results(settings, net, data, step):
+        shown.append(weight_copies(net))
+
+    with small_run(diffusion) as (monkey, out):
+        monkey(diffusion, "generate", noting_generate)
+        monkey(diffusion, "show_results", noting_results)
+        flags = ["--steps", 6, "--grid-every", 3, "--eval-every", 3, "--out", out]
+        averages = []
+        save = diffusion.save_checkpoint
+
+        def noting_save(*args):
+            save(*args)
+            averages.append(list(load_state(out)["ema"].values()))
+
+        monkey(diffusion, "save_checkpoint", noting_save)
+        run(diffusion, *SMALL, *flags)
+    weights, labels = drawn[0]
+    assert len(drawn) == 1
+    assert same(weights, averages[0])
+    assert same(shown[0], averages[1])
+    assert labels == [number for number in labels[::10] for _ in range(10)]
+    assert len(set(labels)) == 10
+
+
 def test_no_guidance_without_dropped_labels():
     """Without dropped labels "no class" is an embedding that was never trained, so
     sampling doesn't use it."""
@@ -2191,6 +2663,19 @@ def test_interpolation_ends():
         plain = diffusion.generate(net, labels[end], start=ends[end], eta=0.0, **how)
         assert levels_apart(x[:, column], plain).max() <= 1
     assert levels_apart(x[:, 1], x[:, 0]).mean() > 1
+
+    # Along the sphere: noise in the middle is as long as at the ends. A straight line
+    # would have 0.7 of it.
+    starts = []
+
+    def noting_generate(net, embeddings, *, start, **options):
+        starts.append(start)
+
+    with patched() as monkey:
+        monkey(diffusion, "generate", noting_generate)
+        diffusion.interpolate(net, ends, labels, count=3, **how)
+    lengths = starts[0].flatten(1).norm(dim=1).view(3, 3)
+    assert (lengths[:, 1] / lengths.mean(dim=1) - 1).abs().max() < 0.05
 
 
 def exact_distances(queries, pictures):
@@ -2455,7 +2940,7 @@ def test_signal_in_last_validation():
 def test_diffusion_step():
     """What train() does beside forward and backward: it mirrors about half of the
     pictures, clips the gradient, and averages the weights with the decay asked for."""
-    most, decays, mirrored = [], [], []
+    most, decays, mirrored, steps = [], [], [], []
     clip = torch.nn.utils.clip_grad_norm_
     update = diffusion.update_ema
     flip = diffusion.random_flip
@@ -2466,6 +2951,7 @@ def test_diffusion_step():
 
     def noting_update(ema_net, net, decay, step):
         decays.append(decay)
+        steps.append(step)
         update(ema_net, net, decay, step)
 
     def noting_flip(x, draw):
@@ -2485,6 +2971,7 @@ def test_diffusion_step():
         run(diffusion, *SMALL, *flags)
     assert most == [0.3] * 4
     assert decays == [0.77] * 4
+    assert steps == [0, 1, 2, 3]
     assert len(mirrored) == 4
     assert 0.3 < sum(mirrored) / 4 < 0.7
 
