@@ -14,6 +14,7 @@ import itertools
 import math
 import pickle
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -348,6 +349,11 @@ def test_readme_flags_exist():
                 known.add(field.replace("_", "-"))
             for flag in re.findall(r"--([a-z][a-z0-9-]*)", words):
                 assert flag in known, f"{name}: {script} has no --{flag}"
+
+            # The front page's commands are right in mode and values too.
+            if name == "README.md":
+                *_, given = module.parse(shlex.split(words))
+                module.choose_settings(**given)
 
 
 def test_freed_memory_is_kept():
@@ -2869,9 +2875,22 @@ def check_sampling_modes(out):
     for word in ("unicorn", "100"):
         assert word in refused(diffusion, "sample", *flags, "--classes", word)
     medians, _ = run(diffusion, "neighbours", *flags, "--count", 8)
-    assert all(median > 0 for median in medians)
+    x, _ = run(diffusion, "sample", *flags, "--count", 8)
+    data = diffusion.load_data("shapes")
+    both = torch.cat([data.train_x, data.train_x.flip(-1)])
+    for median, pictures in zip(medians, (x, data.test_x)):
+        nearest = exact_distances(pictures, both).amin(1).median()
+        assert abs(median / nearest - 1) < 1e-3
     run(diffusion, "schedules", "--out", out)
     assert is_picture(out / "schedules.png")
+
+
+def stub_statistics(network, x):
+    """(mean, covariance) of a stand-in's features of pictures uint8 (N,3,H,W), made
+    apart from the script: its network wants [-1,1]."""
+    resized = diffusion.resize_for_inception(x) / 128 - 1
+    features = network.layers(resized).flatten(1).detach().double()
+    return features.mean(0), features.T.cov()
 
 
 def check_fid_mode(monkey, out):
@@ -2884,16 +2903,30 @@ def check_fid_mode(monkey, out):
     message = refused(diffusion, "fid", *flags, "--inception", out / "none.pt")
     assert diffusion.INCEPTION_SHA256 in message
     assert "none.pt" in message
-    samples = np.load(out / "fid-samples.npz")["samples"]
-    assert samples.shape == (30, 32, 32, 3)
+    (out / "junk.pt").write_text("another network")
+    assert "wrong SHA-256" in refused(diffusion, "fid", *flags, "--inception", out / "junk.pt")
+    kept = np.load(out / "fid-samples.npz")
+    assert kept["samples"].shape == (30, 32, 32, 3)
+    data = diffusion.load_data("shapes")
+    assert kept["labels"].tolist() == data.test_y[:30].tolist()
 
     torch.manual_seed(0)
     network = StubInception()
     monkey(diffusion, "load_inception", lambda path: network)
     result, text = run(diffusion, "fid", *flags)
-    assert result > 0
+    samples = torch.from_numpy(kept["samples"]).permute(0, 3, 1, 2)
+    test = stub_statistics(network, data.test_x)
+    distance = diffusion.frechet_distance(*stub_statistics(network, samples), *test)
+    assert abs(distance / result - 1) < 1e-3
     assert "not comparable" in text
-    assert "floor" in text
+
+    # The floor is that of 30 training pictures.
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(data.train_y), generator=generator)[:30]
+    real = stub_statistics(network, data.train_x[chosen])
+    floor = diffusion.frechet_distance(*real, *test)
+    printed = float(re.search(r"floor, .*: ([0-9.]+)", text)[1])
+    assert abs(printed - floor) < 0.001 + 1e-3 * floor
 
     # The same seed again: the same FID, from the samples' statistics alone.
     statistics = diffusion.feature_statistics
