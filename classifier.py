@@ -128,10 +128,11 @@ class Settings:
     weights: str = setting("", "file of weights: to measure, predict with, export to")
     seed: int = setting(0, "decides weights, data order, augmentation", 0, 2**31)
 
-    # Where it runs. A device changes how numbers are rounded, and with them the last digits.
+    # Where it runs. A device changes how numbers are rounded, and with them the last digits
+    # of what is learned. (Weights, order and augmentation are drawn on the CPU.)
     device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     compile: str = setting("auto", "torch.compile; auto: on CUDA", choices=("auto", "on", "off"))
-    precision: str = setting("auto", "of matrix products", choices=("auto", *PRECISIONS))
+    precision: str = setting("auto", "type of matrix products", choices=("auto", *PRECISIONS))
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
     eval_every: int = setting(500, "steps between validations; each saves", 1, MAX_STEPS)
 
@@ -159,10 +160,10 @@ class Settings:
     # learned ones 20.0 % (600 steps of 128, 5,000 held-out pictures, two seeds). "none"
     # and the width are ours.
     block: str = setting("llama", "kind of encoder layer", choices=("llama", "gpt2"))
-    activation: str = setting("silu", "in all layers", choices=("silu", "gelu", "relu"))
+    activation: str = setting("silu", "function in all layers", choices=("silu", "gelu", "relu"))
     layers: int = setting(4, "how often the encoder layer is applied", 0, 6)
     tied: str = setting("on", "one encoder layer, each time", choices=("on", "off"))
-    positions: str = setting("fourier", "of tokens", choices=("fourier", "learned", "none"))
+    positions: str = setting("fourier", "token positions", choices=("fourier", "learned", "none"))
     downsample: str = setting("max-pool", "how to shrink", choices=("max-pool", "strided"))
     width: int = setting(0, "channels D; 0: as many as the budget allows", 0, 4096)
 
@@ -176,7 +177,7 @@ class Settings:
     stem: str = setting("residual", "last two convolutions", choices=("residual", "plain"))
     gate: str = setting("local", "gate of the llama MLP", choices=("local", "plain"))
     head: str = setting("single", "linear layers at the end", choices=("single", "pair"))
-    optimiser: str = setting("muon", "of matrices and filters", choices=("muon", "adamw"))
+    optimiser: str = setting("muon", "optimiser of matrices", choices=("muon", "adamw"))
     recipe: str = setting("ours", "paper: nothing beyond the paper", choices=("ours", "paper"))
 
     def __post_init__(self):
@@ -515,7 +516,7 @@ def load_cifar(root):
         if archive.exists() and not check(archive, DATASET.tgz_md5):
             raise OSError(f"{archive} is damaged")
 
-        # With no folder, torchvision unpacks the archive, which it downloads at need.
+        # With no folder, torchvision unpacks the archive, which it downloads if needed.
         missing = not (root / DATASET.base_folder).exists()
         train = DATASET(root, train=True, download=missing)
         test = DATASET(root, train=False)
@@ -772,7 +773,7 @@ def normalise(x, mean, std):
 
 
 def orthogonalise(matrix, rounds=5):
-    """About U V^T, if U S V^T is the singular value decomposition of the matrix
+    """Approximately U V^T, if U S V^T is the singular value decomposition of the matrix
     (rows,columns): the same directions, all of nearly the same size. Has the matrix's
     shape.
 
@@ -800,8 +801,9 @@ class MuonWithAdamW(torch.optim.AdamW):
     that, so that rare directions are learned as fast as frequent ones. Filters
     (out,in,height,width) are the matrix (out, in * height * width).
 
-    [M] leaves the first and the last layer to AdamW. That they are Muon's here is our
-    choice, as are the filters of depthwise convolutions, one per row, as a matrix.
+    Momentum, rounds and the scaling of the step are [M]'s. [M] leaves the first and the
+    last layer to AdamW. That they are Muon's here is our choice, as are the filters of
+    depthwise convolutions, one per row, as a matrix.
     """
 
     def __init__(self, groups, betas=(0.9, 0.999), momentum=0.95):
@@ -1534,6 +1536,8 @@ def export(settings):
     if path.resolve() == source.resolve():
         raise ValueError(f"--weights {path} is the checkpoint of the run itself")
     state = load_checkpoint(source)
+    if "log" not in state:
+        raise ValueError(f"{source} is exported already")
     rows = [row for row in state["log"]["rows"] if "val_loss" in row]
     if not rows:
         raise ValueError(f"{source} is of a training that has not been validated yet")
@@ -1662,8 +1666,8 @@ def set_up(settings):
     out = make_folder(settings.folder())
     torch.backends.cudnn.allow_tf32 = False  # what is said to be fp32 is fp32
 
-    # cuDNN's attention can give NaN gradients on a H100 where there are 64 tokens, as here
-    # (PyTorch issue 196678, September 2026), and has no GradScaler to catch them in bf16.
+    # cuDNN's attention can give NaN gradients on an H100 where there are 64 tokens, as here
+    # (PyTorch issue 196678, September 2026), and in bf16 no GradScaler catches them.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -1839,7 +1843,7 @@ def check_value(field, value):
     flag = "--" + field.name.replace("_", "-")
     limits = field.metadata
     kinds = (int, float) if field.type is float else field.type
-    if not isinstance(value, kinds):
+    if not isinstance(value, kinds) or isinstance(value, bool):
         raise ValueError(f"{flag} {value!r} is not of type {field.type.__name__}")
     if limits["choices"] and value not in limits["choices"]:
         raise ValueError(f"{flag} {value} is none of {', '.join(limits['choices'])}")

@@ -53,10 +53,10 @@ is support: 9 neighbours, 10 FID, 11 modes, 12 log and pictures, 13 checkpoints,
 width, 15 drawn shapes, 16 command line.
 
 Shapes in comments: B pictures, C channels, H x W pixels, E width of an embedding.
-Symbols: x a picture in [-1,1]; t in [0,1] the time, 0 clean and 1 pure noise; log_snr the
-noise level at t, the paper's lambda, which is what the network is told; alpha and sigma the
-scales of signal and noise, alpha² + sigma² = 1 (alpha is not DDPM's alpha_t, a ratio of
-neighbouring alpha²); x_t a noised picture; v the velocity.
+Symbols: x a picture in [-1,1]; t in [0,1] the time, 0 clean and 1 pure noise; x_t a noised
+picture; log_snr, the paper's lambda, how clean it is (20 clean, -20 noise), which is what the
+network is told; alpha and sigma the scales of signal and noise, alpha² + sigma² = 1 (alpha is
+not DDPM's alpha_t, a ratio of neighbouring alpha²); v the velocity.
 Tags like [2.2] name the paper's section, (1) to (4) its equations; `our choice` marks what it
 leaves open. Numbers without a dot are the paper's references:
     [3]  Crowson's Colab, from which the      [24] Improved DDPM (cosine schedule)
@@ -133,12 +133,13 @@ class Settings:
     data: str = setting("data", "folder of the data set, downloaded if none; or: shapes")
     out: str = setting("", "folder to write to; empty: runs/diffusion-<data set>")
     weights: str = setting("", "file of weights: to draw with, or to export to")
-    seed: int = setting(0, "of training: weights, data order, noise", 0, 2**31)
+    seed: int = setting(0, "decides weights, data order, noise", 0, 2**31)
 
-    # Where it runs. A device changes how numbers are rounded, and with them the last digits.
+    # Where it runs. Each kind of device rounds in its own way and has its own random
+    # numbers: there the same seed is another run, and the same sample_seed other samples.
     device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
     compile: str = setting("auto", "torch.compile; auto: CUDA", choices=("auto", "on", "off"))
-    precision: str = setting("auto", "of matrix products", choices=("auto", *PRECISIONS))
+    precision: str = setting("auto", "type of matrix products", choices=("auto", *PRECISIONS))
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
     eval_every: int = setting(1000, "steps between validations; each saves", 1, MAX_STEPS)
     grid_every: int = setting(5000, "steps between grids of samples", 1, MAX_STEPS)
@@ -148,7 +149,7 @@ class Settings:
     batch_size: int = setting(256, "pictures per step", 1, 65_536)
     max_lr: float = setting(2e-3, "peak learning rate, then a cosine to 0", 1e-8, 10.0)
     warm_up: int = setting(500, "steps in which the rate rises", 1, MAX_STEPS)
-    optimiser: str = setting("adamw", "of matrices, filters", choices=("adamw", "muon"))
+    optimiser: str = setting("adamw", "optimiser of matrices", choices=("adamw", "muon"))
     muon_lr: float = setting(2e-2, "peak rate of Muon's matrices", 1e-8, 10.0)
     clip_norm: float = setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
     ema: float = setting(0.999, "decay of the averaged weights; rises to it", 0.0, 0.99999)
@@ -158,7 +159,7 @@ class Settings:
 
     # The network.
     width: int = setting(0, "channels at 32x32; 0: as many as the budget allows", 0, 4096)
-    after_injection: str = setting("regular", "its conv", choices=("regular", "separable"))
+    after_injection: str = setting("regular", "after injections", choices=("regular", "separable"))
 
     # Beyond the paper, and on by default because it helped: validation loss 0.140 with
     # it, 0.147 without it at width 56, which then fits (840 s of one CPU core, batch 64,
@@ -167,7 +168,7 @@ class Settings:
     recipe: str = setting("ours", "paper: nothing beyond the paper", choices=("ours", "paper"))
 
     # From here on: of sampling only, so free to differ from one command to the next.
-    sample_schedule: str = setting("same", "when sampling", choices=("same", *SCHEDULES))
+    sample_schedule: str = setting("same", "of sampling", choices=("same", *SCHEDULES))
     sample_steps: int = setting(100, "denoising steps per sample", 1, 10_000)
     eta: float = setting(1.0, "fresh noise per step; 1: DDPM, 0: DDIM", 0.0, 1.0)
 
@@ -178,9 +179,9 @@ class Settings:
     clip_x0: str = setting("dynamic", "how x0 is cut", choices=("none", "static", "dynamic"))
     classes: str = setting("", "names or numbers to sample, by commas; empty: all, mixed")
     count: int = setting(64, "pictures to sample", 1, 1_000_000)
-    sample_seed: int = setting(0, "of sampling: noise, classes", 0, 2**31)
+    sample_seed: int = setting(0, "decides the noise of samples", 0, 2**31)
     sample_batch: int = setting(250, "samples at once, in multiples of 50", 1, 65_536)
-    fid_count: int = setting(10_000, "samples for fid", 2, 1_000_000)
+    fid_count: int = setting(10_000, "samples for fid", 2, 50_000)
     inception: str = setting("", "file of the FID network; empty: torch hub's folder")
 
     def __post_init__(self):
@@ -254,7 +255,7 @@ def sinusoidal_embedding(log_snr, width=64):
     """Sines and cosines of the noise level: (B,) -> (B,width) [42]. [2.2] says "timestep
     embeddings"; what Eq. (4) gives the network is lambda, the log-SNR.
 
-    It is between -20 and 20. Wavelengths go from 3 to 300 (our choice): the long
+    log_snr is between -20 and 20. Wavelengths go from 3 to 300 (our choice): the long
     ones order all levels, the short ones tell neighbours apart.
     """
     low, high = math.log10(0.02), math.log10(2)
@@ -270,7 +271,8 @@ class ResidualBlock(nn.Module):
     in common, and averaged weights (EMA) would not fit running averages. 8 groups, so C
     is a multiple of 8: our choice. `conv` is separable_conv or regular_conv. With
     `e_width`, an embedding (B,e_width) scales and shifts the channels after the second
-    norm.
+    norm. (A separable convolution follows it. Where the paper adds its embedding it
+    found that harmful, see Injection; here nothing of the kind was seen.)
     """
 
     def __init__(self, channels, conv, e_width=0):
@@ -307,7 +309,7 @@ class Attention(nn.Module):
     """Self-attention among all positions of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
     (The abstract speaks of transformer layers, which would have an MLP too.)
 
-    C / 64 heads, rounded (they must divide C), one group in the norm, and zeros in the
+    About C / 64 heads, as many as divide C; one group in the norm, and zeros in the
     last layer, so that it starts as the identity: all our choice. No positions are added:
     the zeros that convolutions pad with tell them where the border is.
     """
@@ -315,6 +317,8 @@ class Attention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.heads = max(1, round(channels / 64))
+        while channels % self.heads != 0:
+            self.heads -= 1
         self.norm = nn.GroupNorm(1, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.out = nn.Linear(channels, channels)
@@ -362,8 +366,8 @@ class UNet(nn.Module):
 
     x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), where the number
     `no_class` stands for "no class" (null label), or class embeddings (B,E) as `embed`
-    gives them; E is `e_width`. The ladder is in this file's header. Widths, depths and
-    kernels, the means of 2x2 that halve, and the added skips are our choice. `modulate`
+    gives them; E is `e_width`. The diagram is in this file's header. Widths, depths and
+    kernels, 2x2 average pooling, and the added skips are our choice. `modulate`
     goes beyond the paper: the embedding acts in every block, not at two points alone.
     Raises ValueError if `width` is no multiple of 8.
     """
@@ -386,10 +390,12 @@ class UNet(nn.Module):
         def halve(c_in, c_out):
             return nn.AvgPool2d(2), nn.Conv2d(c_in, c_out, 1)
 
-        # The last class embedding is that of "no class", learned like the others.
+        # The embedding of the noise level, which goes in as the log-SNR.
         self.time = nn.Sequential(
             nn.Linear(64, e_width), nn.SiLU(), nn.Linear(e_width, e_width)
         )
+
+        # The last class embedding is that of "no class", learned like the others.
         self.label = nn.Embedding(classes + 1, e_width)
 
         # Down: 32x32 -> 16x16 -> 8x8
@@ -439,7 +445,7 @@ class UNet(nn.Module):
         x3 = self.inject2(x3, e)
         x3 = self.middle(x3, e)  # (B,c,8,8)
 
-        # Up, each value four times (nearest neighbour); the skips x2 and x1 are added.
+        # Up, each pixel repeated 2x2 (nearest neighbour); the skips x2 and x1 are added.
         x2 = F.interpolate(self.join2(x3), scale_factor=2) + x2
         x2 = self.up2(x2, e)  # (B,b,16,16)
         x1 = F.interpolate(self.join1(x2), scale_factor=2) + x1
@@ -496,7 +502,7 @@ def load_cifar(root):
         if archive.exists() and not check(archive, DATASET.tgz_md5):
             raise OSError(f"{archive} is damaged")
 
-        # With no folder, torchvision unpacks the archive, which it downloads at need.
+        # With no folder, torchvision unpacks the archive, which it downloads if needed.
         missing = not (root / DATASET.base_folder).exists()
         train = DATASET(root, train=True, download=missing)
         test = DATASET(root, train=False)
@@ -606,12 +612,15 @@ def spliced_schedule(t):
 
 
 def to_log_snr(t, schedule="cosine"):
-    """The log-SNR at t of the schedule of that name."""
+    """The log-SNR at t, any shape, of the schedule of that name. Raises ValueError if
+    there is none."""
     if schedule == "cosine":
         return cosine_schedule(t)
     if schedule == "linear":
         return linear_schedule(t)
-    return spliced_schedule(t)
+    if schedule == "spliced":
+        return spliced_schedule(t)
+    raise ValueError(f"no schedule {schedule}: {', '.join(SCHEDULES)}")
 
 
 def to_alpha_sigma(log_snr):
@@ -626,6 +635,7 @@ def to_alpha_sigma(log_snr):
 def velocity(x, noise, alpha, sigma):
     """v = alpha * noise - sigma * x: Eq. (1) [30].
 
+    Pictures (B,3,H,W); alpha and sigma (B,1,1,1) or numbers, here and in the next two.
     Why v and not the noise: where all is noise, a guess of the noise does not tell the
     picture; where all is clean, a guess of the picture does not tell the noise. v tells
     both at every level: see split.
@@ -658,7 +668,8 @@ def split(x_t, v, alpha, sigma):
 def learning_rate(step, steps, peak, warm_up):
     """Rate of update number `step` (from 0): a cosine from `peak` to 0 over all
     `steps`, times a ramp from 0 to 1 over the first `warm_up` (our choice). When the
-    ramp ends, the rate is just below the peak."""
+    ramp ends, the rate is just below the peak, if the warm-up is short beside the run.
+    """
     ramp = min(1, (step + 1) / warm_up)
     return peak * ramp * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
@@ -667,14 +678,15 @@ def learning_rate(step, steps, peak, warm_up):
 def update_ema(ema_net, net, decay, step):
     """ema_net += (1 - decay) (net - ema_net), weight by weight [2.2, 11, 24], after
     update number `step` (from 0). Warm-up, our choice: decay is at most (1 + step)/(10
-    + step), so that the average forgets the random start. So is the default decay."""
+    + step), so that the average forgets the random start. The default decay is our
+    choice too."""
     decay = min(decay, (1 + step) / (10 + step))
     averages = list(ema_net.parameters())
     torch._foreach_lerp_(averages, list(net.parameters()), 1 - decay)
 
 
 def orthogonalise(matrix, rounds=5):
-    """About U V^T, if U S V^T is the singular value decomposition of the matrix
+    """Approximately U V^T, if U S V^T is the singular value decomposition of the matrix
     (rows,columns): the same directions, all of nearly the same size. Has the matrix's
     shape.
 
@@ -702,8 +714,9 @@ class MuonWithAdamW(torch.optim.AdamW):
     that, so that rare directions are learned as fast as frequent ones. Filters
     (out,in,height,width) are the matrix (out, in * height * width).
 
-    [M] leaves the first and the last layer to AdamW. That they are Muon's here is our
-    choice, as are the filters of depthwise convolutions, one per row, as a matrix.
+    Momentum, rounds and the scaling of the step are [M]'s. [M] leaves the first and the
+    last layer to AdamW. That they are Muon's here is our choice, as are the filters of
+    depthwise convolutions, one per row, as a matrix.
     """
 
     def __init__(self, groups, betas=(0.9, 0.999), momentum=0.95):
@@ -750,8 +763,8 @@ def make_optimiser(net, max_lr, muon_lr, name="adamw"):
 
     With no weight decay AdamW is Adam, as in [11]. With a second beta of 0.99 it
     forgets large gradients sooner than with 0.999 (our choice). `fused` updates all
-    weights in one kernel. Muon's matrices decay a little: otherwise they would
-    grow, as its steps are as large as its rate says (0.02: our choice). The class
+    weights in one kernel. Muon's matrices decay a little (0.02: our choice): otherwise
+    they would grow, as its steps are as large as its rate says. The class
     embeddings are a table and no matrix, so they are AdamW's.
     """
     betas = 0.9, 0.99
@@ -786,11 +799,12 @@ def train(settings, command="train(settings), with the same settings"):
     check_batch_size(settings.batch_size, len(data.train_y))
     find_classes(settings.classes, data.names)  # better to fail now than after training
 
+    # Build it. On CUDA it is compiled too, by trial calls on example inputs: section 14.
     net = build_network(settings, len(data.names), device)
     example = network_example(data.train_x, data.train_y, settings.batch_size)
     compile_network(net, settings.compile, [example], precision)
 
-    # The averaged network, which validates and samples, learns nothing by itself.
+    # The averaged network is used to validate and to sample; it learns nothing by itself.
     ema_net = copy.deepcopy(net).eval().requires_grad_(False)
     examples = [
         network_example(data.test_x, data.test_y, EVAL_BATCH),
@@ -863,7 +877,7 @@ def train(settings, command="train(settings), with the same settings"):
             # The step budget [2.1].
             assert step < MAX_STEPS, f"all {MAX_STEPS:,} optimiser steps are spent"
 
-            # A new epoch: pictures in a new order, and all their t at one go.
+            # A new epoch: pictures in a new order, and all their t in one go.
             if position == len(order):
                 order = torch.randperm(pictures, **on_device)[:epoch_size]
                 if settings.timesteps == "sobol":
@@ -911,7 +925,7 @@ def train(settings, command="train(settings), with the same settings"):
             share = learning_rate(step, settings.steps, 1.0, settings.warm_up)
             for group in optimiser.param_groups:
                 group["lr"] = share * group["peak"]
-            rate = share * max_lr
+            rate = share * max_lr  # for the log: AdamW's
             scaler.step(optimiser)
             scaler.update()
             update_ema(ema_net, net, settings.ema, step)
@@ -970,7 +984,7 @@ def validation_loss(
     nearly equal size, clean to noisy).
 
     All its seeds are fixed, so two networks, or two moments of one, compare picture by
-    picture. Settings that were chosen by it are a little too good on these pictures.
+    picture. Settings that were chosen by it look a little too good on these pictures.
     """
     chosen = np.random.RandomState(0).permutation(len(y))[:count]
     chosen = torch.from_numpy(chosen).to(y.device)
@@ -1026,7 +1040,8 @@ def guided_velocity(net, labels, w):
     with guidance w.
 
     labels as UNet takes them, (B,) or (B,E). Both halves of Eq. (4) go through the
-    network as one batch of 2B, so with w = 0 a call costs half.
+    network as one batch of 2B. With w = 0 the first half is enough, and a call costs
+    half.
     """
     wanted = net.embed(labels)  # (B,E)
     no_class = torch.full((1,), net.no_class, device=wanted.device)
@@ -1116,8 +1131,8 @@ class SampleNoise:
     """Noise for samples number `first` to `first + count`; each call gives
     (count,3,32,32).
 
-    50 neighbours share a generator, whose seed comes from `seed` and their number. So
-    the samples are the same whatever the batch; `first` is a multiple of 50.
+    50 in a row share a generator, whose seed comes from `seed` and their number. So the
+    noise is the same whatever the batch; `first` is a multiple of 50.
     """
 
     def __init__(self, seed, first, count, device):
@@ -1125,7 +1140,8 @@ class SampleNoise:
         self.device = device
         self.generators = []
         for number in range(first // NOISE_CHUNK, math.ceil((first + count) / NOISE_CHUNK)):
-            # No run has a million chunks, so different `seed` never share a generator.
+            # No run has a million chunks, so different `seed` never share a generator. (The
+            # factor is a prime above a million.)
             generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
             self.generators.append(generator)
 
@@ -1188,7 +1204,7 @@ def generate(
 def slerp(a, b, share):
     """Spherical interpolation [2.3, 39]: (B,...) and (B,...) at share (B,) of the way,
     each row flattened whole. Between nearly parallel or opposite rows, where it would
-    divide 0 by 0, a straight line.
+    divide by 0, a straight line.
     """
     flat_a = a.flatten(1)
     flat_b = b.flatten(1)
@@ -1384,8 +1400,13 @@ class Progress:
 
 def sampling_options(settings, device):
     """What generate takes from the settings, as keywords."""
-    # Where no label was ever dropped, "no class" was not learned: guidance would add noise.
-    guidance = settings.guidance if settings.label_drop > 0 else 0.0
+    # Where no label was ever dropped, "no class" was not learned, and where all were, no
+    # class was: guidance would add noise.
+    guidance = settings.guidance
+    if settings.label_drop == 0:
+        guidance = 0.0
+    elif settings.label_drop == 1:
+        guidance = -1.0
     schedule = settings.sample_schedule
     if schedule == "same":
         schedule = settings.schedule
@@ -1514,22 +1535,22 @@ def fid_mode(settings, net, names, data):
     options = sampling_options(settings, device)
     labels = data.test_y[torch.arange(count, device=device) % len(data.test_y)]
     x = generate(net, labels, **options)
-    save_samples(out / "fid-samples.npz", x, labels)
+    samples_path = out / "fid-samples.npz"
+    save_samples(samples_path, x, labels)
     try:
         network = load_inception(settings.inception).to(device)
     except OSError as error:
-        kept = out / "fid-samples.npz"
-        raise OSError(f"{error}. The samples are kept in {kept}") from error
+        raise OSError(f"{error}. The samples are kept in {samples_path}") from error
 
     # The test pictures' statistics and the floor are the same each time: keep them.
-    kept = out / f"fid-reference-{count}-{data.checksum}.pt"
-    if not kept.exists():
+    reference_path = out / f"fid-reference-{count}-{data.checksum}.pt"
+    if not reference_path.exists():
         test = feature_statistics(network, data.test_x)
         random = torch.Generator().manual_seed(0)
         chosen = torch.randperm(len(data.train_y), generator=random)[:count].to(device)
         real = feature_statistics(network, data.train_x[chosen])
-        save_whole(dict(test=test, floor=frechet_distance(*real, *test)), kept)
-    reference = torch.load(kept, weights_only=True)
+        save_whole(dict(test=test, floor=frechet_distance(*real, *test)), reference_path)
+    reference = torch.load(reference_path, weights_only=True)
     fid = frechet_distance(*feature_statistics(network, x.to(device)), *reference["test"])
 
     shown = ("seed", "schedule", "steps", "eta", "guidance", "clip")
@@ -1558,8 +1579,8 @@ def schedules_mode(settings):
 
 
 def show_results(settings, net, data, step):
-    """What training ends with: a grid, samples, interpolations, neighbours, and on a
-    GPU FID."""
+    """What training ends with: a grid, samples, interpolations, neighbours, and on
+    CUDA FID."""
     save_class_grid(settings, net, data.names, step)
     sample_mode(settings, net, data.names)
     interpolate_mode(settings, net, data.names)
@@ -1584,7 +1605,7 @@ def open_network(settings, count, checksum=None):
     net = build_network(settings, len(state["names"]), device).requires_grad_(False)
     restore(dict(ema=net), state)
 
-    # Compiling takes a minute or so: too long for a few samples (our choice).
+    # Compiling takes long, too long for a few samples (our choice).
     if settings.compile == "on" or count >= 2000:
         examples = [sampler_example(net, settings.sample_batch)]
         compile_network(net, settings.compile, examples, precision)
@@ -1805,7 +1826,10 @@ def load_checkpoint(path, settings=None, checksum=None):
         if settings is not None:
             for name, value in dataclasses.asdict(settings).items():
                 if name not in FREE_TO_CHANGE and made[name] != value:
-                    raise ValueError(f"{name} is {made[name]}, not {value}")
+                    hint = ""
+                    if name in ("steps", "seed", "schedule"):
+                        hint = f"; of sampling it is --sample-{name}"
+                    raise ValueError(f"{name} is {made[name]}, not {value}{hint}")
         if checksum is not None and state["checksum"] != checksum:
             raise ValueError("it was trained on other pictures")
         return state
@@ -1844,13 +1868,15 @@ def export(settings):
     if path.resolve() == source.resolve():
         raise ValueError(f"--weights {path} is the checkpoint of the run itself")
     state = load_checkpoint(source)
+    if "log" not in state:
+        raise ValueError(f"{source} is exported already")
     rows = [row for row in state["log"]["rows"] if "val_loss" in row]
     if not rows:
         raise ValueError(f"{source} is of a training that has not been validated yet")
 
     # A file for others says nothing of where the data lay on this machine.
     kept = {name: state[name] for name in ("step", "names", "checksum")}
-    kept["settings"] = {**state["settings"], "out": "", "weights": ""}
+    kept["settings"] = {**state["settings"], "out": "", "weights": "", "inception": ""}
     if kept["settings"]["data"] != "shapes":
         kept["settings"]["data"] = "data"
     kept["ema"] = {name: value.half() for name, value in state["ema"].items()}
@@ -1869,7 +1895,7 @@ def export(settings):
 def without_folders(command):
     """A command line without the folders of the machine that it ran on."""
     drawn = r"[ =]shapes( |$)"  # these lie in no folder
-    return re.sub(rf" --(out|data(?!{drawn}))[ =]('[^']*'|\S+)", "", command)
+    return re.sub(rf" --(out|inception|data(?!{drawn}))[ =]('[^']*'|\S+)", "", command)
 
 
 class Stopped(Exception):
@@ -1967,8 +1993,8 @@ def set_up(settings):
     out = make_folder(settings.folder())
     torch.backends.cudnn.allow_tf32 = False  # what is said to be fp32 is fp32
 
-    # cuDNN's attention can give NaN gradients on a H100 where there are 64 tokens, as here
-    # (PyTorch issue 196678, September 2026), and has no GradScaler to catch them in bf16.
+    # cuDNN's attention can give NaN gradients on an H100 where there are 64 tokens, as here
+    # (PyTorch issue 196678, September 2026), and in bf16 no GradScaler catches them.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -1979,7 +2005,7 @@ def set_up(settings):
 def keep_freed_memory():
     """Let the C library of Linux keep freed memory for the next step. By itself it gives
     large blocks back, and the system must clear every page of new ones: on a CPU a step
-    of the default batch took 1.4 times as long. Elsewhere this does nothing."""
+    of the default batch took 1.3 times as long. Elsewhere this does nothing."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt:  # glibc's; the numbers are of its malloc.h
@@ -2164,7 +2190,7 @@ def check_value(field, value):
     flag = "--" + field.name.replace("_", "-")
     limits = field.metadata
     kinds = (int, float) if field.type is float else field.type
-    if not isinstance(value, kinds):
+    if not isinstance(value, kinds) or isinstance(value, bool):
         raise ValueError(f"{flag} {value!r} is not of type {field.type.__name__}")
     if limits["choices"] and value not in limits["choices"]:
         raise ValueError(f"{flag} {value} is none of {', '.join(limits['choices'])}")
@@ -2253,7 +2279,8 @@ def run(argv):
     # The others start from a checkpoint.
     settings = checkpoint_settings(**given)
     if mode in ("sample", "interpolate"):
-        net, names = open_network(settings, settings.count)
+        count = settings.count if mode == "sample" else 80  # eight pairs, ten of each
+        net, names = open_network(settings, count)
         mode_function = sample_mode if mode == "sample" else interpolate_mode
         return mode_function(settings, net, names)
 

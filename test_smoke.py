@@ -1445,6 +1445,13 @@ def check_export(module, out, part, *flags):
     assert str(out) not in str(state["settings"])
     assert state["settings"]["data"] == "shapes"
 
+    # What is exported can't be exported again.
+    twice = out / "twice"
+    twice.mkdir()
+    shutil.copy(path, twice / "checkpoint.pt")
+    words = ["export", *flags, "--out", twice, "--weights", twice / "weights.pt"]
+    assert "already" in refused(module, *words)
+
     trained = load_state(out)[part]
     for name, value in state[part].items():
         if value.is_floating_point():
@@ -1817,6 +1824,7 @@ def test_errors_are_exceptions():
         dict(recipe="theirs"),
         dict(steps="100"),
         dict(batch_size=128.0),
+        dict(steps=True),
     ]
     for module in MODULES:
         for values in wrong:
@@ -2487,7 +2495,10 @@ def test_unet_attention_by_formula():
     x = torch.randn(2, 128, 3, 5)
     assert torch.equal(attention(x), x)
 
-    # 128 channels are two heads of 64.
+    # 128 channels are two heads of 64, 312 not five but four of 78.
+    x = torch.randn(1, 312, 2, 2)
+    assert diffusion.Attention(312).heads == 4
+    assert diffusion.Attention(312)(x).shape == x.shape
     torch.nn.init.normal_(attention.out.weight, std=0.1)
     tokens = attention.norm(x).permute(0, 2, 3, 1).reshape(2, 15, 128)
     queries, keys, values = attention.qkv(tokens).split(128, dim=2)
@@ -2608,6 +2619,9 @@ def test_sampling_options():
         batch=99,
         precision=torch.float32,
     )
+    everything = diffusion.Settings(label_drop=1.0)  # no class was ever learned
+    assert diffusion.sampling_options(everything, device)["guidance"] == -1
+    raised(ValueError, diffusion.to_log_snr, torch.zeros(1), "cosin")
     settings = diffusion.Settings(**asked, sample_schedule="linear")
     assert diffusion.sampling_options(settings, device)["schedule"] == "linear"
 
@@ -2871,6 +2885,7 @@ def check_sampling_modes(out):
     assert settings.count == 8
     assert settings.eta == 0.5
     assert settings.classes == ""
+    assert "--sample-steps" in refused(diffusion, "sample", *flags, "--steps", 3)
 
     for word in ("unicorn", "100"):
         assert word in refused(diffusion, "sample", *flags, "--classes", word)
