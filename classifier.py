@@ -345,8 +345,8 @@ def fourier_positions(side, width):
     (side²,width).
 
     Two axes, and wavelengths from 2 tokens, which tells neighbours apart, to 2 * side,
-    which differs at every place, are our choice. At 2 tokens the sine is 0 everywhere, and the
-    cosine 1 and -1 in turn.
+    which differs at every place, are our choice. At 2 tokens the sine is 0 everywhere,
+    and the cosine 1 and -1 in turn.
     """
     place = torch.arange(side)[:, None]  # (side,1)
     half_cycles = side ** -torch.linspace(0, 1, width // 4)  # (D/4,) per token: 1 to 1/side
@@ -364,9 +364,8 @@ class Classifier(nn.Module):
 
     The arguments are the paper's variants [1.2.2], and from `stem` on ours. With
     stem="plain", gate="plain" and head="pair" it is the paper's; this file's header
-    shows both. Pictures of another size than 32x32 don't fit the positions.
-    Raises ValueError if `width` is no multiple of 4 (four heads; sine and cosine of two
-    axes).
+    shows both. Pictures of another size than 32x32 don't fit the positions. Raises
+    ValueError if `width` is no multiple of 4 (four heads; sine and cosine of two axes).
     """
 
     def __init__(

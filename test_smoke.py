@@ -2861,6 +2861,27 @@ def test_diffusion_resume():
         check_fid_mode(monkey, whole)
 
 
+def test_resume_on_another_device():
+    """A run that goes on on another kind of device draws numbers that it hasn't had."""
+    states = []
+    flip = diffusion.random_flip
+
+    def noting_flip(x, draw):
+        states.append(draw.clone())
+        return flip(x, draw)
+
+    with small_run(diffusion) as (monkey, out):
+        without_results(diffusion, monkey)
+        monkey(diffusion, "random_flip", noting_flip)
+        flags = [*SMALL, "--steps", 4, "--out", out]
+        interrupted(diffusion, "update_ema", 2, *flags)
+        state = load_state(out)
+        torch.save(dict(state, device="elsewhere"), out / "checkpoint.pt")
+        run(diffusion, *flags)
+    generator = torch.Generator().manual_seed(2)
+    assert torch.equal(states[2], torch.rand(2, 50, generator=generator)[0])
+
+
 def check_sampling_modes(out):
     """Samples and interpolations from a checkpoint of the network SMALL; then the modes
     that need training pictures, or nothing."""
