@@ -178,8 +178,8 @@ class Settings:
     # 1, 2, 3; after 8,000 with Muon, 6.4 with w = 3 and 6.9 with 5. After 50,000 steps of
     # 16 it was (25 steps) 5.13 with the paper's sampling, which is the default: w = 3,
     # dynamic clipping, eta 1. One change at a time gained little: 5.06 with w = 2, 5.02
-    # with eta 0.6. Together with no clipping they had 4.74. At 100 steps, the default, as
-    # good as nothing of this was left (500 samples: 7.55 and 7.61), so the paper's stays.
+    # with eta 0.6. Together with no clipping they had 4.74. At 100 steps, the default, they
+    # had 7.55 and the paper's 7.61 (500 samples, so noise): hence the paper's stays.
     guidance: float = setting(3.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
     clip_x0: str = setting("dynamic", "how x0 is cut", choices=("none", "static", "dynamic"))
     classes: str = setting("", "names or numbers to sample, by commas; empty: all, mixed")
