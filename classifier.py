@@ -16,8 +16,8 @@ A run writes one folder, runs/classifier-<data set>. Start the same command agai
 on where it stopped.
 
 Result so far: 67.12 % test accuracy after 10,000 steps of 256, a quarter of the full batch (96
-minutes on two CPU cores, seed 0, 2026-11-25, torch 2.14.1); 66.59 and 66.26 % after 10,000
-steps of 128 (seeds 0 and 1). The full budget, the first command, is meant for a GPU and has not
+minutes on two CPU cores, seed 0, 2026-11-25, torch 2.14.1), 68.61 % from six views of each
+picture; 66.59 and 66.26 % after 10,000 steps of 128 (seeds 0 and 1). The full budget, the first command, is meant for a GPU and has not
 been run yet. README.md has the log and the curve.
 
 The paper's network [1.2.1] with our widths (D = 80), which `--recipe paper` builds, in 98,804
@@ -42,7 +42,7 @@ gained:
     head        one linear layer, as two with nothing between are no more than one
     optimiser   Muon for matrices and filters, AdamW for gains and biases
 
-Map. The sections 1 to 6 are the story; to understand the model read 2 (layers and
+Map. Sections 1 to 6 are the story; to understand the model read 2 (layers and
 network), to understand how it learns 3 (data), 4 (objective and optimiser) and 5 (the
 training loop); 6 measures it. What follows the double line is support: 7 range test, 8 log
 and pictures, 9 checkpoints, 10 device and width, 11 drawn shapes, 12 command line.
@@ -72,9 +72,9 @@ import datetime
 import functools
 import math
 import os
-import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -118,7 +118,7 @@ class Settings:
     optimal values are "in the provided implementation" [1.2.2], which is not public. So
     all numbers but batch size and layers are our choice; steps are the budget.
 
-    `recipe` and data="shapes" change other defaults, which choose_settings does.
+    `recipe` and data="shapes" change the defaults of other fields: see choose_settings.
     """
 
     # Where pictures come from and results go to.
@@ -136,9 +136,10 @@ class Settings:
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
     eval_every: int = setting(500, "steps between validations; each saves", 1, MAX_STEPS)
 
-    # How it is trained. In 800 steps of 128 (5,000 held-out pictures, seed 0, AdamW) peak
-    # rate 8e-3 had 35.7 % and 4e-3 33.2 %; weight decay 0.05 had 35.7 %, 0.01 35.4 %. (The
-    # paper took its peak from a range test [1.2.2], which the mode lr-find makes.)
+    # How it is trained. Accuracy after 800 steps of 128 (5,000 held-out pictures, seed 0,
+    # AdamW): 35.7 % with peak rate 8e-3, 33.2 % with 4e-3; 35.7 % with weight decay 0.05,
+    # 35.4 % with 0.01. (The paper took its peak from a range test [1.2.2], which the mode
+    # lr-find makes.)
     # Smoothing and the gradient's norm are customary values, not tuned.
     steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
     batch_size: int = setting(1024, "pictures per step", 1, 65_536)
@@ -147,7 +148,7 @@ class Settings:
     label_smoothing: float = setting(0.1, "share of the target spread evenly", 0.0, 0.99)
     clip_norm: float = setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
 
-    # RandAugment is light, as short runs chose it, in which a small network underfits. On
+    # RandAugment is light: short runs chose it, in which a small network underfits. On
     # 5,000 held-out pictures, seed 0: without it, 1.4 points worse (800 steps of 128, an
     # earlier version of this network); two operations of magnitude 6, 0.8 points worse
     # (10,000 steps of 128). More may pay in longer runs: after 10,000 steps of 256 the
@@ -156,9 +157,9 @@ class Settings:
     randaugment_magnitude: int = setting(2, "RandAugment magnitude", 0, 30)
 
     # What the paper varied [1.2.2]. Block, activation, layers, tied weights and
-    # max-pooling are its choice. It leaves the positions open: Fourier ones had 26.0 %,
-    # learned ones 20.0 % (600 steps of 128, 5,000 held-out pictures, two seeds). "none"
-    # and the width are ours.
+    # max-pooling are its choice. It leaves the positions open: with Fourier ones
+    # the accuracy was 26.0 %, with learned ones 20.0 % (600 steps of 128, 5,000 held-out
+    # pictures, two seeds). "none" and the width are ours.
     block: str = setting("llama", "kind of encoder layer", choices=("llama", "gpt2"))
     activation: str = setting("silu", "function in all layers", choices=("silu", "gelu", "relu"))
     layers: int = setting(4, "how often the encoder layer is applied", 0, 6)
@@ -201,7 +202,7 @@ FREE_TO_CHANGE = (
     "data out weights device compile precision log_every eval_every recipe"
 ).split()
 
-# The drawn shapes are learned in minutes, on a CPU too: defaults in their case.
+# Defaults for the drawn shapes, which are learned in minutes, on a CPU too.
 SHAPES = dict(steps=250, batch_size=128, eval_every=125)
 
 # What `--recipe paper` sets; a flag of the same command still wins. Crop and mirror, which
@@ -409,8 +410,8 @@ class Classifier(nn.Module):
             self.stem = nn.Sequential(first, pool, second, third, fourth, pool)
 
         # Attention by itself does not see where a token is. Learned positions are
-        # weights, which begin small, as in GPT-2 (0.02); the others are constants, hence
-        # a buffer and not in the checkpoint.
+        # weights, which begin small (0.02: our choice). The others are constants, hence a
+        # buffer and not in the checkpoint.
         side = 8
         if positions == "learned":
             self.positions = nn.Parameter(0.02 * torch.randn(side**2, width))
@@ -437,8 +438,8 @@ class Classifier(nn.Module):
         # "A pair of linear transformations" [1.2.1] with nothing between them; the width
         # between is our choice. (SiLU between them made a prototype worse, 25.1 instead
         # of 27.4 %: 5,000 held-out pictures, 400 steps of 256, seed 0.) Such a pair
-        # multiplies out to one matrix, so ours is one layer. It saves 6,480 parameters,
-        # without which the local gate would not fit at width 80.
+        # multiplies out to one matrix, so ours is one layer. That saves 6,480
+        # parameters; with them the local gate would not fit at width 80.
         self.head = nn.Linear(width, classes)
         if head == "pair":
             self.head = nn.Sequential(nn.Linear(width, width), self.head)
@@ -779,7 +780,7 @@ def orthogonalise(matrix, rounds=5):
 
     The Newton-Schulz iteration of Muon [M] needs matrix products alone. Each round maps
     every singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. Five rounds take any s
-    from 0.01 to 1 to between 0.68 and 1.14; smaller ones stay smaller.
+    from 0.0015 to 1 to between 0.67 and 1.21; smaller ones end below 0.68.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix  # so that the products are with the shorter side
@@ -802,8 +803,8 @@ class MuonWithAdamW(torch.optim.AdamW):
     (out,in,height,width) are the matrix (out, in * height * width).
 
     Momentum, rounds and the scaling of the step are [M]'s. [M] leaves the first and the
-    last layer to AdamW. That they are Muon's here is our choice, as are the filters of
-    depthwise convolutions, one per row, as a matrix.
+    last layer to AdamW. Giving them to Muon is our choice, and so is taking the filters
+    of a depthwise convolution as one matrix, with a filter per row.
     """
 
     def __init__(self, groups, betas=(0.9, 0.999), momentum=0.95):
@@ -895,11 +896,9 @@ def train(settings, command="train(settings), with the same settings"):
 
     # This seeds torch's CPU generator too, from which order and augmentation come.
     net = build_network(settings, len(data.names), device)
-    examples = [
-        normalise(data.train_x[: settings.batch_size], mean, std),
-        normalise(data.train_x[:EVAL_BATCH], mean, std),
-    ]
-    compile_network(net, settings.compile, examples, precision)
+    training = normalise(data.train_x[: settings.batch_size], mean, std)
+    evaluation = normalise(data.train_x[:EVAL_BATCH], mean, std)
+    compile_network(net, settings.compile, training, evaluation, precision)
     optimiser = make_optimiser(net, settings.weight_decay, settings.optimiser)
     schedule = make_schedule(optimiser, settings.max_lr, settings.steps)
 
@@ -956,8 +955,8 @@ def train(settings, command="train(settings), with the same settings"):
             x = normalise(x, mean, std)  # (B,3,32,32)
             y = data.train_y[chosen]  # (B,)
 
-            # Forward, in bf16 on a GPU that has it: section 10. train(), as validation
-            # has left eval mode.
+            # Forward, in bf16 on a GPU that has it: section 10. train(), because
+            # validation leaves the network in evaluation mode.
             net.train()
             with autocast(device, precision):
                 logits = net(x)  # (B,classes)
@@ -1034,15 +1033,46 @@ class Scores(NamedTuple):
 EVAL_BATCH = 250  # pictures at once: on a CPU faster than more, and it takes less memory
 
 
-def evaluate(net, x, y, mean, std, precision=torch.float32, label_smoothing=0.0):
+def one_view(x):
+    """Pictures x (B,3,H,W) as they are, as the only view of them."""
+    return [x]
+
+
+def six_views(x):
+    """Pictures x (B,3,H,W) six times: as they are, shifted by a pixel down and right, and
+    up and left, with black coming in, as in training; and mirrored, each of these."""
+    height, width = x.shape[2:]
+    padded = F.pad(x, (1, 1, 1, 1))
+    views = []
+    for start in (1, 0, 2):
+        shifted = padded[:, :, start : start + height, start : start + width]
+        views += [shifted, shifted.flip(-1)]
+    return views
+
+
+def mean_logits(net, x, mean, std, views=one_view):
+    """Logits (B,classes) of `net` for pictures x, uint8 (B,3,H,W): their mean over the
+    `views` of each.
+
+    With six_views this is test-time augmentation, ours. A network that pools takes a
+    picture and the same one a pixel further for two, so their errors partly cancel.
+    """
+    logits = [net(normalise(view, mean, std)) for view in views(x)]
+    return torch.stack(logits).mean(dim=0)
+
+
+def evaluate(
+    net, x, y, mean, std, precision=torch.float32, label_smoothing=0.0, views=one_view
+):
     """Scores of `net` on pictures x, uint8 (N,3,32,32), N at least 2, with labels y
-    (N,); mean and std as normalise takes them. Leaves `net` in evaluation mode."""
+    (N,); mean and std as normalise takes them, `views` as mean_logits. Leaves `net` in
+    evaluation mode."""
     net.eval()
     losses, firsts, fives = [], [], []
 
     for pictures, target in zip(x.split(EVAL_BATCH), y.split(EVAL_BATCH)):
         with torch.no_grad(), autocast(x.device, precision):
-            logits = net(normalise(pictures, mean, std))
+            logits = mean_logits(net, pictures, mean, std, views)
         loss = F.cross_entropy(
             logits, target, reduction="none", label_smoothing=label_smoothing
         )
@@ -1059,8 +1089,8 @@ def evaluate(net, x, y, mean, std, precision=torch.float32, label_smoothing=0.0)
     five = torch.cat(fives).cpu().double()
 
     # The paper's ± (0.014 and 0.011) is about what batches of 1,024 give: sqrt(0.62 *
-    # 0.38 / 1024) is 0.015. Ours is over the largest equal ones of at most 1,024, at
-    # least two.
+    # 0.38 / 1024) is 0.015. Ours is over equal batches: at least two, and as large as
+    # fits in 1,024.
     batch = min(1024, len(y) // 2)
     while len(y) % batch != 0:
         batch -= 1
@@ -1096,6 +1126,7 @@ def report(net, data, settings, mean, std, precision=torch.float32, with_test=Fa
     """
     fit = evaluate(net, data.train_x, data.train_y, mean, std, precision)
     val = evaluate(net, data.val_x, data.val_y, mean, std, precision)
+    six = evaluate(net, data.val_x, data.val_y, mean, std, precision, views=six_views)
 
     # The same augmentation whenever this is asked; training's own generator stays as it is.
     operations, magnitude = settings.randaugment_ops, settings.randaugment_magnitude
@@ -1114,6 +1145,7 @@ def report(net, data, settings, mean, std, precision=torch.float32, with_test=Fa
         f"  val: {val.count:,} {kind} pictures, {val.accuracy:.2%} "
         f"(top-5 {val.top5:.2%}, train top-5 {fit.top5:.2%}); "
         f"± over batches of {batches}, not seeds",
+        f"  val, six views of each picture averaged (not the paper's): {six.accuracy:.2%}",
         f"  losses: plain cross-entropy; as trained (smoothed, augmented): {trained.loss:.3f}",
     ]
     if with_test and settings.holdout:
@@ -1150,9 +1182,12 @@ def open_picture(path, side=32):
     OSError if it can't be read."""
     try:
         with Image.open(path) as image:
+            # Grey of 16 bits, which convert would cut off at 255.
+            if image.mode.startswith("I"):
+                image = image.point(lambda value: value * (1 / 256))
             upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except Image.DecompressionBombError as error:
-        raise OSError(f"{path}: {error}") from error
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise OSError(f"{path}: {error}") from error  # SyntaxError: a damaged PNG
     white = Image.new("RGBA", upright.size, "white")
     picture = Image.alpha_composite(white, upright).convert("RGB")
     small = ImageOps.fit(picture, (side, side))
@@ -1160,8 +1195,8 @@ def open_picture(path, side=32):
 
 
 def predict(settings, paths):
-    """Print the five likeliest classes of each picture file, with their probabilities;
-    returns the likeliest names. The network knows its own classes only, and no "none of
+    """Print the five likeliest classes of each picture file, with their probabilities,
+    from six views of it; returns the likeliest names. The network knows its own classes only, and no "none of
     these". In a notebook the settings are those of checkpoint_settings. Raises
     ValueError or OSError, with a readable message."""
     device = choose_device(settings.device)
@@ -1176,7 +1211,8 @@ def predict(settings, paths):
     for path in paths:
         x = open_picture(path).to(device)
         with torch.no_grad():
-            probability = net(normalise(x, mean, std)).softmax(dim=1)[0]  # (classes,)
+            logits = mean_logits(net, x, mean, std, six_views)  # (1,classes)
+        probability = logits[0].softmax(dim=0)  # (classes,)
         best = probability.argsort(descending=True)[:5].tolist()
         listed = ", ".join(f"{names[i]} {probability[i].item():.1%}" for i in best)
         print(f"{path}: {listed}")
@@ -1203,6 +1239,7 @@ def find_learning_rate(settings, lowest=1e-5, highest=1.0, longest=200):
     device, precision, out = set_up(settings)
     if precision == torch.float16:
         precision = torch.float32  # so that no step is skipped, as scaled fp16 ones may be
+        print("the range test computes in float32")
     data = load_data(settings.data, settings.holdout, device)
     mean, std = channel_statistics(data.train_x)
 
@@ -1538,9 +1575,11 @@ def export(settings):
     state = load_checkpoint(source)
     if "log" not in state:
         raise ValueError(f"{source} is exported already")
-    rows = [row for row in state["log"]["rows"] if "val_loss" in row]
-    if not rows:
-        raise ValueError(f"{source} is of a training that has not been validated yet")
+    newest = state["log"]["rows"][-1]
+    if "val_acc" not in newest:  # Ctrl-C saves between validations too
+        raise ValueError(
+            f"{source}, step {state['step']:,}, has not been validated: resume the run first"
+        )
 
     # A file for others says nothing of where the data lay on this machine.
     kept = {name: state[name] for name in ("step", "names", "checksum", "mean", "std")}
@@ -1556,7 +1595,7 @@ def export(settings):
     kept["about"] = dict(
         command=without_folders(state["command"]),
         date=datetime.date.fromtimestamp(source.stat().st_mtime).isoformat(),
-        result=f"{kind} accuracy {rows[-1]['val_acc']:.2%}",
+        result=f"{kind} accuracy {newest['val_acc']:.2%}",
         licence="MIT",
     )
     make_folder(path.parent)
@@ -1566,9 +1605,28 @@ def export(settings):
 
 
 def without_folders(command):
-    """A command line without the folders of the machine that it ran on."""
-    drawn = r"[ =]shapes( |$)"  # these lie in no folder
-    return re.sub(rf" --(out|data(?!{drawn}))[ =]('[^']*'|\S+)", "", command)
+    """A command line without the folders of the machine that it ran on. (What `train`
+    says by itself, in a notebook, has none.)"""
+    if not command.startswith("python "):
+        return command
+    kept = []
+    words = iter(shlex.split(command))
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in ("--data", "--out"):
+            kept.append(word)
+            continue
+        if not equals:
+            value = next(words)
+        if (flag, value) == ("--data", "shapes"):  # these lie in no folder
+            kept += [flag, value]
+    return shlex.join(kept)
+
+
+def as_typed(command, windows=os.name == "nt"):
+    """A command line as the shell wants it: that of Windows doesn't know the single
+    quotes which shlex writes."""
+    return subprocess.list2cmdline(shlex.split(command)) if windows else command
 
 
 class Stopped(Exception):
@@ -1606,6 +1664,7 @@ class StopSignals:
 
     def stopped(self, step, path, command):
         """The Stopped to raise, which says what resumes the run."""
+        command = as_typed(command)
         return Stopped(
             f"stopped after step {step:,}, all saved in {path}. To resume:\n  {command}",
             self.received,
@@ -1657,7 +1716,7 @@ def autocast(device, dtype):
 
 
 def set_up(settings):
-    """What every mode begins with: (device, dtype of matrix products, folder to write
+    """What training, eval and lr-find begin with: (device, dtype of matrix products, folder to write
     to). Raises ValueError or OSError, with a readable message, where the device or the
     folder can't be had."""
     keep_freed_memory()
@@ -1666,8 +1725,9 @@ def set_up(settings):
     out = make_folder(settings.folder())
     torch.backends.cudnn.allow_tf32 = False  # what is said to be fp32 is fp32
 
-    # cuDNN's attention can give NaN gradients on an H100 where there are 64 tokens, as here
-    # (PyTorch issue 196678, September 2026), and in bf16 no GradScaler catches them.
+    # A precaution: with 64 tokens, as here, and a mask, which we don't have, cuDNN's
+    # attention can give NaN gradients on an H100 (PyTorch issue 196678, September 2026).
+    # In bf16 no GradScaler would catch them.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -1733,17 +1793,16 @@ def widest_that_fits(classes, variant):
         width += 8
 
 
-def compile_network(net, how, examples, precision):
+def compile_network(net, how, training, evaluation, precision):
     """torch.compile `net` in place, so that its weights keep their names, if `how` (on,
-    off, or auto: on CUDA) asks for it. `examples` are two inputs (B,3,32,32), as in
-    training and as in evaluation.
+    off, or auto: on CUDA) asks for it. `training` and `evaluation` are examples of what it
+    is given in each, (B,3,32,32).
 
     Where torch.compile fails, it fails at the first call. So a copy goes first, forward
-    and backward with training's example, then forward with evaluation's; what is
+    and backward with `training`, then forward with `evaluation`; what is
     compiled then serves the network itself. If the copy fails, one line says so and
     training goes on without.
     """
-    training, evaluation = examples
     device = training.device
     if how == "off" or (how == "auto" and device.type != "cuda"):
         return
@@ -1876,8 +1935,8 @@ def checkpoint_settings(**given):
     `given`, and for the rest those that it was made with. Raises ValueError, with a
     readable message, if there is no such file or it can't be used.
 
-    A checkpoint knows how it was made, but not on which machine we are. Where a recipe
-    is asked for, it must be the checkpoint's.
+    A checkpoint knows how it was made, but not on which machine we are. Where
+    recipe="paper" is asked for, the checkpoint must be of that recipe.
     """
     made = load_checkpoint(choose_settings(**given).checkpoint())["settings"]
     asked = PAPER if given.get("recipe") == "paper" else {}
@@ -1929,7 +1988,7 @@ def run(argv):
         return export(choose_settings(**given))
     if mode == "train":
         if given.get("weights"):
-            raise ValueError("--weights: training begins anew, or with its checkpoint")
+            raise ValueError("training can't start from --weights, only anew or by resuming")
         command = "python classifier.py " + shlex.join(argv)
         return train(choose_settings(**given), command)
 
@@ -1940,8 +1999,8 @@ def run(argv):
 
 
 LESS_MEMORY = (
-    "out of memory: a quarter of --batch-size needs about a quarter of it; train it into "
-    "another --out"
+    "out of memory: training with a quarter of --batch-size takes about a quarter of it (give "
+    "that run another --out); eval and predict run on a CPU too, with --device cpu"
 )
 
 

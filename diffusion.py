@@ -14,18 +14,18 @@ from the top:
     python diffusion.py export             the averaged weights, in a small file (--weights)
     python diffusion.py --help             all settings
 
-Result so far: after all 50,000 steps, of 16 pictures, a sixteenth of the default batch (112
-minutes of training on two CPU cores, seed 0, 2026-11-25, torch 2.14.1) the velocity loss on test
-pictures is 0.1159, where always predicting zero gives 0.645, and FID-1280 of 10,000 samples
-(25 steps) is 4.56, or 4.22 with --guidance 2 --clip-x0 none --eta 0.6; training pictures have
-0.398. FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than
+Result so far, of all 50,000 steps with 16 pictures each, a sixteenth of the default batch (112
+minutes of training on two CPU cores, seed 0, 2026-11-25, torch 2.14.1): the velocity loss on test
+pictures is 0.1159, where always predicting zero gives 0.645. FID-1280 of 10,000 samples (25 steps)
+is 4.56, or 4.22 with --guidance 2 --clip-x0 none --eta 0.6; as many training pictures have 0.398.
+FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than
 FID, and not to be compared with it (.github/experiments.md). The full budget, the first command,
 is meant for a GPU and has not been run yet. README.md has the log and the pictures.
 
 A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
 on where it stopped. The modes sample, interpolate, neighbours and fid take every setting
-that no flag gives from the checkpoint, but for classes, device, compile and precision
-(after shapes, say --data shapes again).
+that no flag gives from the checkpoint, but for classes, device, compile and precision.
+Where training was given --data shapes or --out, give it to every mode again.
 
 The network predicts the velocity v of a noised picture. It has 960,755 parameters; widths
 a, b, c = 48, 96, 144:
@@ -42,12 +42,12 @@ a, b, c = 48, 96, 144:
     norm, SiLU, conv                              (B,3,32,32) = v
 
 Skips are added, not concatenated as in [28] (our choice): the 1x1 convolution works before
-doubling, on a quarter of the positions, and blocks take fewer channels in, so a step takes
-0.8 of the time (CPU). The embedding also scales and shifts the channels in every block
+doubling, on a quarter of the positions, and blocks take fewer channels in, so a step costs
+less. The embedding also scales and shifts the channels in every block
 (known as FiLM, or adaptive GroupNorm), which the paper's design doesn't have (--recipe
 paper): see `modulate` in the settings.
 
-Map. The sections 1 to 8 are the story; to understand the model read 2 (layers and U-Net), to
+Map. Sections 1 to 8 are the story; to understand the model read 2 (layers and U-Net), to
 understand diffusion 4 (noise), 5 (objective and training loop) and 7 (guidance and sampler);
 3 is the data, 6 the validation loss, 8 interpolation and grids. What follows the double line
 is support: 9 neighbours, 10 FID, 11 modes, 12 log and pictures, 13 checkpoints, 14 device and
@@ -55,8 +55,8 @@ width, 15 drawn shapes, 16 command line.
 
 Shapes in comments: B pictures, C channels, H x W pixels, E width of an embedding.
 Symbols: x a picture in [-1,1]; t in [0,1] the time, 0 clean and 1 pure noise; x_t a noised
-picture; log_snr, the paper's lambda, how clean it is (20 clean, -20 noise), which is what the
-network is told; alpha and sigma the scales of signal and noise, alpha² + sigma² = 1 (alpha is
+picture; log_snr, the paper's lambda, how clean it is, which is what the network is told
+(the cosine schedule goes from 20, clean, to -20, noise); alpha and sigma the scales of signal and noise, alpha² + sigma² = 1 (alpha is
 not DDPM's alpha_t, a ratio of neighbouring alpha²); v the velocity.
 Tags like [2.2] name the paper's section, (1) to (4) its equations; `our choice` marks what it
 leaves open. Numbers without a dot are the paper's references:
@@ -82,9 +82,9 @@ import datetime
 import hashlib
 import math
 import os
-import re
 import shlex
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -126,8 +126,8 @@ class Settings:
 
     The defaults are the paper's design but for `modulate`. Numbers that it doesn't name
     are our choice, and so are mirroring, clipping of the gradient and the course of the
-    rate, of which it says nothing. `recipe` and data="shapes" change other defaults,
-    which choose_settings does.
+    rate, of which it says nothing. `recipe` and data="shapes" change the defaults of
+    other fields: see choose_settings.
     """
 
     # Where pictures come from and results go to.
@@ -145,7 +145,8 @@ class Settings:
     eval_every: int = setting(1000, "steps between validations; each saves", 1, MAX_STEPS)
     grid_every: int = setting(5000, "steps between grids of samples", 1, MAX_STEPS)
 
-    # How it is trained. Validation loss in the same time: 0.140 with rate 2e-3, 0.150 with 1e-3.
+    # How it is trained. Validation loss after equal time: 0.140 with rate 2e-3, 0.150 with
+    # 1e-3.
     steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
     batch_size: int = setting(256, "pictures per step", 1, 65_536)
     max_lr: float = setting(2e-3, "peak learning rate, then a cosine to 0", 1e-8, 10.0)
@@ -162,9 +163,10 @@ class Settings:
     width: int = setting(0, "channels at 32x32; 0: as many as the budget allows", 0, 4096)
     after_injection: str = setting("regular", "after injections", choices=("regular", "separable"))
 
-    # Beyond the paper, and on by default because it helped: validation loss 0.140 with
-    # it, 0.147 without it at width 56, which then fits (840 s of one CPU core, batch 64,
-    # seed 0: 892 and 669 steps).
+    # Beyond the paper, and on by default because it helped. Without it width 56 fits.
+    # Validation loss with and without it, seed 0: after equal time 0.140 and 0.147 (840 s
+    # of one CPU core: 892 and 669 steps of 64), after equal steps 0.1350 and 0.1363
+    # (1,500 of 32).
     modulate: str = setting("on", "scale and shift in all blocks", choices=("off", "on"))
     recipe: str = setting("ours", "paper: nothing beyond the paper", choices=("ours", "paper"))
 
@@ -176,10 +178,11 @@ class Settings:
     # The paper's w = 3 scored best after short runs: after 12,000 steps of 32 on a CPU,
     # FID-1280 of 2,000 samples was 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w = 0, 0.25, 0.5,
     # 1, 2, 3; after 8,000 with Muon, 6.4 with w = 3 and 6.9 with 5. After 50,000 steps of
-    # 16 it was (25 steps) 5.13 with the paper's sampling, which is the default: w = 3,
-    # dynamic clipping, eta 1. One change at a time gained little: 5.06 with w = 2, 5.02
-    # with eta 0.6. Together with no clipping they had 4.74. At 100 steps, the default, they
-    # had 7.55 and the paper's 7.61 (500 samples, so noise): hence the paper's stays.
+    # 16, sampled in 25 steps, it was 5.13 as in the paper, which is the default (w = 3,
+    # dynamic clipping, eta 1), 5.06 with w = 2, 5.02 with eta 0.6, and 4.74 with both and
+    # no clipping. At 100 steps, the default, there are only 500 samples of each, which
+    # compare with each other alone: 7.61 as in the paper, 7.55 with all three. That is no
+    # difference, so the paper's sampling stays.
     guidance: float = setting(3.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
     clip_x0: str = setting("dynamic", "how x0 is cut", choices=("none", "static", "dynamic"))
     classes: str = setting("", "names or numbers to sample, by commas; empty: all, mixed")
@@ -273,11 +276,12 @@ class ResidualBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x)))))): (B,C,H,W) -> (B,C,H,W).
 
     GroupNorm, not BatchNorm: a batch mixes noise levels, whose statistics have nothing
-    in common, and averaged weights (EMA) would not fit running averages. 8 groups, so C
-    is a multiple of 8: our choice. `conv` is separable_conv or regular_conv. With
-    `e_width`, an embedding (B,e_width) scales and shifts the channels after the second
-    norm. (A separable convolution follows it. Where the paper adds its embedding it
-    found that harmful, see Injection; here nothing of the kind was seen.)
+    in common, and BatchNorm's running averages would be those of the raw weights and
+    not of the averaged ones (EMA). 8 groups, so C is a multiple of 8: our choice.
+    `conv` is separable_conv or regular_conv. With `e_width`, an embedding (B,e_width)
+    scales and shifts the channels after the second norm. (A separable convolution
+    follows. After its own, added embedding the paper found one harmful, see Injection;
+    here no such artefacts were seen.)
     """
 
     def __init__(self, channels, conv, e_width=0):
@@ -314,9 +318,9 @@ class Attention(nn.Module):
     """Self-attention among all positions of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
     (The abstract speaks of transformer layers, which would have an MLP too.)
 
-    About C / 64 heads, as many as divide C; one group in the norm, and zeros in the
-    last layer, so that it starts as the identity: all our choice. No positions are added:
-    the zeros that convolutions pad with tell them where the border is.
+    C / 64 heads, rounded, or the next smaller number that divides C; one group in the
+    norm; zeros in the last layer, so that it starts as the identity: all our choice. No
+    positions are added: the zeros that convolutions pad with show where the border is.
     """
 
     def __init__(self, channels):
@@ -351,8 +355,8 @@ class Injection(nn.Module):
     The embedding goes into the branch only; x passes by unchanged, as in any residual
     block (our choice, as are norm, activation and the two places in the network). A
     regular convolution, because a separable one looks at each channel by
-    itself before it mixes them: the paper saw wave-like artefacts and blames that
-    [2.3]. `conv` takes either.
+    itself before it mixes them: the paper saw wave-like artefacts and blames them on
+    that [2.3]. `conv` takes either.
     """
 
     def __init__(self, e_width, channels, conv):
@@ -593,8 +597,9 @@ def cosine_schedule(t):
 
 
 def linear_schedule(t):
-    """lambda = -log(e^(1e-4 + 10 t²) - 1), DDPM's linear betas in continuous time [11,
-    20], which Crowson's code [3] had [2.3]."""
+    """lambda = -log(e^(1e-4 + 10 t²) - 1), from 9.2 at t = 0 to -10 at t = 1; t any
+    shape. This is close to DDPM's linear betas in continuous time [11, 20], and
+    Crowson's code [3] had it [2.3]."""
     return -torch.log(torch.expm1(1e-4 + 10 * t**2))
 
 
@@ -697,7 +702,7 @@ def orthogonalise(matrix, rounds=5):
 
     The Newton-Schulz iteration of Muon [M] needs matrix products alone. Each round maps
     every singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. Five rounds take any s
-    from 0.01 to 1 to between 0.68 and 1.14; smaller ones stay smaller.
+    from 0.0015 to 1 to between 0.67 and 1.21; smaller ones end below 0.68.
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix  # so that the products are with the shorter side
@@ -777,12 +782,9 @@ def make_optimiser(net, max_lr, muon_lr, name="adamw"):
         everything = dict(params=list(net.parameters()), peak=max_lr)
         return torch.optim.AdamW([everything], betas=betas, weight_decay=0, fused=True)
 
-    matrices = []
-    others = [net.label.weight]
-    for p in net.parameters():
-        if p is not net.label.weight:
-            kind = matrices if p.ndim > 1 else others
-            kind.append(p)
+    table = net.label.weight
+    matrices = [p for p in net.parameters() if p.ndim > 1 and p is not table]
+    others = [table] + [p for p in net.parameters() if p.ndim <= 1]
     groups = [
         dict(params=matrices, weight_decay=0.02, muon=True, peak=muon_lr),
         dict(params=others, weight_decay=0.0, peak=max_lr),
@@ -906,7 +908,7 @@ def train(settings, command="train(settings), with the same settings"):
             x = random_flip(x, flip_draw)
             labels = y.masked_fill(label_draw < settings.label_drop, net.no_class)
 
-            # Add noise, to each picture that of its own t: Eq. (2). The target is v: Eq. (1).
+            # Noise each picture to the level of its own t: Eq. (2). The target is v: Eq. (1).
             noise = torch.randn(x.shape, **on_device)
             log_snr = to_log_snr(t, settings.schedule)  # (B,)
             alpha, sigma = to_alpha_sigma(log_snr)  # (B,1,1,1)
@@ -947,7 +949,9 @@ def train(settings, command="train(settings), with the same settings"):
             if step % settings.log_every == 0 or validating or drawing or stopping:
                 log.new_row(step, rate, net)
                 if validating:
-                    log.add_scores(validate(ema_net, data, settings.schedule, precision))
+                    schedule, label_drop = settings.schedule, settings.label_drop
+                    scores = validate(ema_net, data, schedule, precision, label_drop)
+                    log.add_scores(scores)
                 log.show(validating)
                 if validating or stopping:
                     progress = dict(
@@ -1017,10 +1021,13 @@ def validation_loss(
     return losses.mean().item(), bins
 
 
-def validate(net, data, schedule, precision):
+def validate(net, data, schedule, precision, label_drop=0.0):
     """The validation loss and its five bins, for one row of the log."""
     net.eval()
-    loss, bins = validation_loss(net, data.test_x, data.test_y, schedule, precision)
+    labels = data.test_y
+    if label_drop == 1:  # trained without classes
+        labels = torch.full_like(labels, net.no_class)
+    loss, bins = validation_loss(net, data.test_x, labels, schedule, precision)
     scores = dict(val_loss=loss)
     for i, value in enumerate(bins):
         scores[f"bin{i}"] = value
@@ -1104,8 +1111,7 @@ def ddim_sample(model, x_t, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.
         pred_x0 = clip_picture(pred_x0, clip)
 
         # The last step ends with the picture. The schedule has a little noise left at t
-        # = 0; in the linear one, with 0.01 of it, mixing it in again could be seen:
-        # FID-1280 of 500 samples 20.0, and 19.5 without.
+        # = 0 (the linear one 0.01 of it), which the picture need not have again.
         if i + 1 == len(log_snrs):
             break
 
@@ -1113,10 +1119,10 @@ def ddim_sample(model, x_t, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.
         # still make up x_t.
         pred_noise = (x_t - alpha * pred_x0) / sigma
 
-        # Of the next noise, this much variance is fresh. With eta = 1 the step is
-        # DDPM's posterior: its mean given pred_x0, and its variance, the smaller of the
-        # two that [11] tries (our choice), with the beta_t of the step from the next
-        # level to this one.
+        # Of the next noise, this much variance is fresh. With eta = 1 the step is DDPM's
+        # posterior: its mean given pred_x0, and the smaller of the two variances that
+        # [11] tries (our choice). beta is DDPM's beta_t: the share of noise that comes in
+        # when a picture goes from the next level, which is cleaner, to this one.
         next_alpha = alphas[i + 1]
         next_sigma = sigmas[i + 1]
         beta = 1 - (alpha / next_alpha) ** 2
@@ -1405,8 +1411,8 @@ class Progress:
 
 def sampling_options(settings, device):
     """What generate takes from the settings, as keywords."""
-    # Where no label was ever dropped, "no class" was not learned, and where all were, no
-    # class was: guidance would add noise.
+    # Where no label was ever dropped, the embedding of "no class" was never trained, and
+    # where all were, those of the classes weren't. Sampling must do without them.
     guidance = settings.guidance
     if settings.label_drop == 0:
         guidance = 0.0
@@ -1593,7 +1599,7 @@ def show_results(settings, net, data, step):
 
     # FID wants 10,000 samples, hours on a CPU, and has no meaning for drawn shapes.
     if data.test_x.device.type != "cuda" or settings.data == "shapes":
-        print("no FID except on CUDA, nor of drawn shapes; the mode fid computes it anywhere")
+        print("FID is left to the mode fid: training adds it on CUDA alone, not for shapes")
         return
     try:
         fid_mode(settings, net, data.names, data)
@@ -1875,9 +1881,11 @@ def export(settings):
     state = load_checkpoint(source)
     if "log" not in state:
         raise ValueError(f"{source} is exported already")
-    rows = [row for row in state["log"]["rows"] if "val_loss" in row]
-    if not rows:
-        raise ValueError(f"{source} is of a training that has not been validated yet")
+    newest = state["log"]["rows"][-1]
+    if "val_loss" not in newest:  # Ctrl-C saves between validations too
+        raise ValueError(
+            f"{source}, step {state['step']:,}, has not been validated: resume the run first"
+        )
 
     # A file for others says nothing of where the data lay on this machine.
     kept = {name: state[name] for name in ("step", "names", "checksum")}
@@ -1888,7 +1896,7 @@ def export(settings):
     kept["about"] = dict(
         command=without_folders(state["command"]),
         date=datetime.date.fromtimestamp(source.stat().st_mtime).isoformat(),
-        result=f"validation loss {rows[-1]['val_loss']:.4f}",
+        result=f"validation loss {newest['val_loss']:.4f}",
         licence="MIT",
     )
     make_folder(path.parent)
@@ -1898,9 +1906,28 @@ def export(settings):
 
 
 def without_folders(command):
-    """A command line without the folders of the machine that it ran on."""
-    drawn = r"[ =]shapes( |$)"  # these lie in no folder
-    return re.sub(rf" --(out|inception|data(?!{drawn}))[ =]('[^']*'|\S+)", "", command)
+    """A command line without the folders of the machine that it ran on. (What `train`
+    says by itself, in a notebook, has none.)"""
+    if not command.startswith("python "):
+        return command
+    kept = []
+    words = iter(shlex.split(command))
+    for word in words:
+        flag, equals, value = word.partition("=")
+        if flag not in ("--data", "--out", "--inception"):
+            kept.append(word)
+            continue
+        if not equals:
+            value = next(words)
+        if (flag, value) == ("--data", "shapes"):  # these lie in no folder
+            kept += [flag, value]
+    return shlex.join(kept)
+
+
+def as_typed(command, windows=os.name == "nt"):
+    """A command line as the shell wants it: that of Windows doesn't know the single
+    quotes which shlex writes."""
+    return subprocess.list2cmdline(shlex.split(command)) if windows else command
 
 
 class Stopped(Exception):
@@ -1938,6 +1965,7 @@ class StopSignals:
 
     def stopped(self, step, path, command):
         """The Stopped to raise, which says what resumes the run."""
+        command = as_typed(command)
         return Stopped(
             f"stopped after step {step:,}, all saved in {path}. To resume:\n  {command}",
             self.received,
@@ -1989,7 +2017,7 @@ def autocast(device, dtype):
 
 
 def set_up(settings):
-    """What every mode begins with: (device, dtype of matrix products, folder to write
+    """What all modes but export begin with: (device, dtype of matrix products, folder to write
     to). Raises ValueError or OSError, with a readable message, where the device or the
     folder can't be had."""
     keep_freed_memory()
@@ -1998,8 +2026,9 @@ def set_up(settings):
     out = make_folder(settings.folder())
     torch.backends.cudnn.allow_tf32 = False  # what is said to be fp32 is fp32
 
-    # cuDNN's attention can give NaN gradients on an H100 where there are 64 tokens, as here
-    # (PyTorch issue 196678, September 2026), and in bf16 no GradScaler catches them.
+    # A precaution: with 64 tokens, as here, and a mask, which we don't have, cuDNN's
+    # attention can give NaN gradients on an H100 (PyTorch issue 196678, September 2026).
+    # In bf16 no GradScaler would catch them.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -2229,7 +2258,8 @@ def checkpoint_settings(**given):
     message, if there is no such file or it can't be used.
 
     A checkpoint knows how it was made, but not on which machine we are; and `classes`
-    is of one command only. Where a recipe is asked for, it must be the checkpoint's.
+    is of one command only. Where recipe="paper" is asked for, the checkpoint must be
+    of that recipe.
     """
     made = load_checkpoint(choose_settings(**given).checkpoint())["settings"]
     asked = PAPER if given.get("recipe") == "paper" else {}
@@ -2275,7 +2305,7 @@ def run(argv):
         return export(choose_settings(**given))
     if mode == "train":
         if given.get("weights"):
-            raise ValueError("--weights: training begins anew, or with its checkpoint")
+            raise ValueError("training can't start from --weights, only anew or by resuming")
         command = "python diffusion.py " + shlex.join(argv)
         return train(choose_settings(**given), command)
     if mode == "schedules":
@@ -2283,11 +2313,11 @@ def run(argv):
 
     # The others start from a checkpoint.
     settings = checkpoint_settings(**given)
-    if mode in ("sample", "interpolate"):
-        count = settings.count if mode == "sample" else 80  # eight pairs, ten of each
-        net, names = open_network(settings, count)
-        mode_function = sample_mode if mode == "sample" else interpolate_mode
-        return mode_function(settings, net, names)
+    if mode == "sample":
+        return sample_mode(settings, *open_network(settings, settings.count))
+    if mode == "interpolate":
+        count = 80  # eight pairs, ten pictures of each
+        return interpolate_mode(settings, *open_network(settings, count))
 
     # Neighbours and FID compare with real pictures, those that the network learned from.
     data = load_data(settings.data, choose_device(settings.device))
@@ -2299,8 +2329,8 @@ def run(argv):
 
 
 LESS_MEMORY = (
-    "out of memory: a quarter of --batch-size needs about a quarter of it; train it into "
-    "another --out. In sampling the flag is --sample-batch"
+    "out of memory: training with a quarter of --batch-size takes about a quarter of it (give "
+    "that run another --out); sampling takes less with a smaller --sample-batch"
 )
 
 

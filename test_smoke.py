@@ -1221,6 +1221,54 @@ def test_evaluate_is_exact():
     assert abs(smooth.loss - expected.item()) < 1e-5
 
 
+def test_command_for_the_shell():
+    """Of Windows it has double quotes, where it needs any; elsewhere it stays."""
+    for module in MODULES:
+        command = "python x.py " + shlex.join(["--out", "C:\\x", "--data", "my data"])
+        typed = module.as_typed(command, windows=True)
+        assert typed == 'python x.py --out C:\\x --data "my data"'
+        assert module.as_typed(command, windows=False) == command
+
+
+def test_six_views():
+    """The six views are what they are said to be, accuracy over them is that of the mean
+    of the logits, and the report says it of the validation pictures."""
+    torch.manual_seed(0)
+    x = random_bytes(300, 3, 8, 8)
+    views = classifier.six_views(x)
+    assert torch.equal(views[0], x)
+    down, up = views[2], views[4]
+    assert torch.equal(down[:, :, 1:, 1:], x[:, :, :-1, :-1])
+    assert torch.equal(up[:, :, :-1, :-1], x[:, :, 1:, 1:])
+    for black in (down[:, :, 0], down[..., 0], up[:, :, -1], up[..., -1]):
+        assert (black == 0).all()
+    for i in (0, 2, 4):
+        assert torch.equal(views[i + 1], views[i].flip(-1))
+
+    y = torch.randint(0, 9, (300,))
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 9)).eval()
+    scale = torch.zeros(3, 1, 1), torch.ones(3, 1, 1)
+    with torch.no_grad():
+        one = net(x.float() / 255)
+        six = sum(net(view.float() / 255) for view in views) / 6
+        assert_close(classifier.mean_logits(net, x, *scale), one)
+        assert_close(classifier.mean_logits(net, x, *scale, classifier.six_views), six)
+    scores = classifier.evaluate(net, x, y, *scale, views=classifier.six_views)
+    right = (six.argmax(1) == y).float().mean().item()
+    assert abs(scores.accuracy - right) < 1e-6
+    assert abs(scores.loss - F.cross_entropy(six, y).item()) < 1e-5
+
+    # 200 labels are what the six views say; in the other parts of the data none are.
+    y[:200] = six.argmax(1)[:200]
+    right = (six.argmax(1) == y).float().mean().item()
+    assert right > (one.argmax(1) == y).float().mean().item()
+    no_y = (six.argmax(1) + 1) % 9
+    names = [str(i) for i in range(9)]
+    data = classifier.Data(x, no_y, x, y, x, no_y, names, 0)
+    text = classifier.report(net, data, classifier.Settings(), *scale)
+    assert f"six views of each picture averaged (not the paper's): {right:.2%}" in text
+
+
 class Brightness(torch.nn.Module):
     """Says class 0, the more surely the brighter the normalised picture."""
 
@@ -1443,8 +1491,15 @@ def check_export(module, out, part, *flags):
     result = f"{last['val_acc']:.2%}" if "val_acc" in last else f"{last['val_loss']:.4f}"
     assert result in state["about"]["result"]
     assert str(out) not in state["about"]["command"]
-    folders = "python x.py --out 'my runs/1' --seed 3 --data=/data --steps 5"
-    assert module.without_folders(folders) == "python x.py --seed 3 --steps 5"
+    for words in (
+        ["--out", "my runs/1", "--seed", "3", "--data=/data", "--steps", "5"],
+        ["--out=my runs/1", "--seed", "3", "--data", "/home/o'neil/d", "--steps", "5"],
+        ["--seed", "3", "--data=C:\\my data", "--steps", "5", "--out", "C:\\x"],
+    ):
+        folders = "python x.py " + shlex.join(words)
+        assert module.without_folders(folders) == "python x.py --seed 3 --steps 5"
+    notebook = "train(settings), with the same settings"
+    assert module.without_folders(notebook) == notebook
     drawn = "python x.py --data shapes --steps 5"
     assert module.without_folders(drawn + " --out shapes/1") == drawn
     assert str(out) not in str(state["settings"])
@@ -1513,6 +1568,19 @@ def test_exported_classifier():
         seen.putalpha(0)
         seen.save(out / "clear.png")
         assert (classifier.open_picture(out / "clear.png") == 255).all()
+
+        # 16 bits per pixel become 8; a damaged PNG is refused by its name.
+        ramp = np.arange(1024, dtype=np.uint16).reshape(32, 32) * 64
+        Image.fromarray(ramp).save(out / "deep.png")
+        eight_bits = torch.from_numpy((ramp // 256).astype(np.uint8))
+        assert (classifier.open_picture(out / "deep.png")[0] == eight_bits).all()
+        whole = small.read_bytes()
+        start = whole.index(b"IDAT")
+        (out / "chunk.png").write_bytes(whole[:start] + b"I\0\0T" + whole[start + 4 :])
+        (out / "part.png").write_bytes(whole[: start + 20])
+        for name in ("chunk.png", "part.png"):
+            assert name in str(raised(OSError, classifier.open_picture, out / name))
+
         monkey(Image, "MAX_IMAGE_PIXELS", 100)
         assert "wide.jpg" in str(raised(OSError, classifier.open_picture, wide))
         monkey(Image, "MAX_IMAGE_PIXELS", None)
@@ -1536,8 +1604,10 @@ def test_exported_classifier():
         state = load_state(path.parent, path.name)
         net = classifier.build_network(notebook, len(names)).eval()
         net.load_state_dict(state["net"])
-        normal = classifier.normalise(x, state["mean"], state["std"])
-        likeliest = net(normal).softmax(1)[0].sort(descending=True).values[:5]
+        views = torch.cat(classifier.six_views(x))
+        normal = classifier.normalise(views, state["mean"], state["std"])
+        probability = net(normal).mean(0).softmax(0)
+        likeliest = probability.sort(descending=True).values[:5]
         assert_close(torch.tensor(shares), 100 * likeliest.detach(), atol=0.06, rtol=0)
 
         (out / "text.png").write_text("no picture")
@@ -1549,14 +1619,14 @@ def test_exported_classifier():
         path.write_bytes(path.read_bytes()[:-100])
         assert "can't use" in refused(classifier, "predict", small, *here)
 
-        # A run that was stopped before it was ever measured has nothing to say.
+        # A run whose last weights were never measured has nothing to say.
         early = ["--out", out / "early"]
         monkey(classifier, "load_data", load)
-        interrupted(classifier, "augment", 3, *flags, *early)
+        interrupted(classifier, "augment", 25, *flags, *early)
         export = ["export", "--data", "shapes", *early]
         assert "--weights FILE" in refused(classifier, *export)
         message = refused(classifier, *export, "--weights", out / "early.pt")
-        assert "not been validated" in message
+        assert "step 25, has not been validated" in message
 
 
 def test_exported_diffusion():
@@ -2290,11 +2360,21 @@ def test_dropped_labels():
             without_results(diffusion, monkey)
             run(diffusion, *SMALL, "--label-drop", share, "--steps", 4, "--out", root / "a")
             state = load_state(root / "a")
+            data = diffusion.load_data("shapes", torch.device("cpu"))
         settings = diffusion.Settings(**state["settings"])
-        start = diffusion.build_network(settings, len(state["names"])).label.weight
+        net = diffusion.build_network(settings, len(state["names"]))
+        start = net.label.weight.detach().clone()
         moved = (state["net"]["label.weight"] != start).any(dim=1)
         assert moved[-1] == (share == 1)
         assert moved[:-1].any() == (share == 0)
+
+        # The log's loss is with the labels that were learned.
+        net.load_state_dict(state["ema"])
+        labels = data.test_y
+        if share == 1:
+            labels = torch.full_like(labels, net.no_class)
+        loss, _ = diffusion.validation_loss(net.eval(), data.test_x, labels, "linear")
+        assert abs(state["log"]["rows"][-1]["val_loss"] - loss) < 1e-5
 
 
 def test_diffusion_muon():
