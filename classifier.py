@@ -17,8 +17,8 @@ on where it stopped.
 
 Result so far: 67.12 % test accuracy after 10,000 steps of 256, a quarter of the full batch (96
 minutes on two CPU cores, seed 0, 2026-11-25, torch 2.14.1), 68.61 % from six views of each
-picture; 66.59 and 66.26 % after 10,000 steps of 128 (seeds 0 and 1). The full budget, the first command, is meant for a GPU and has not
-been run yet. README.md has the log and the curve.
+picture; 66.59 and 66.26 % after 10,000 steps of 128 (seeds 0 and 1). The full budget, the first
+command, is meant for a GPU and has not been run yet. README.md has the log and the curve.
 
 The paper's network [1.2.1] with our widths (D = 80), which `--recipe paper` builds, in 98,804
 parameters (the paper's has 99,546; its Figure 1, which draws it, was not at hand):
@@ -1034,13 +1034,14 @@ EVAL_BATCH = 250  # pictures at once: on a CPU faster than more, and it takes le
 
 
 def one_view(x):
-    """Pictures x (B,3,H,W) as they are, as the only view of them."""
+    """A list of pictures x as they are: the only view of them."""
     return [x]
 
 
 def six_views(x):
-    """Pictures x (B,3,H,W) six times: as they are, shifted by a pixel down and right, and
-    up and left, with black coming in, as in training; and mirrored, each of these."""
+    """A list of six versions of pictures x, each (B,3,H,W) again: as they are, shifted by
+    one pixel down and right, shifted by one up and left, with black coming in as in
+    training; and the mirror image of each of these."""
     height, width = x.shape[2:]
     padded = F.pad(x, (1, 1, 1, 1))
     views = []
@@ -1054,8 +1055,9 @@ def mean_logits(net, x, mean, std, views=one_view):
     """Logits (B,classes) of `net` for pictures x, uint8 (B,3,H,W): their mean over the
     `views` of each.
 
-    With six_views this is test-time augmentation, ours. A network that pools takes a
-    picture and the same one a pixel further for two, so their errors partly cancel.
+    With six_views this is test-time augmentation, which is ours. Pooling makes what the
+    network sees depend on each pixel's place, so its answer to a shifted picture is
+    another one; in the mean of such answers errors partly cancel.
     """
     logits = [net(normalise(view, mean, std)) for view in views(x)]
     return torch.stack(logits).mean(dim=0)
@@ -1196,9 +1198,9 @@ def open_picture(path, side=32):
 
 def predict(settings, paths):
     """Print the five likeliest classes of each picture file, with their probabilities,
-    from six views of it; returns the likeliest names. The network knows its own classes only, and no "none of
-    these". In a notebook the settings are those of checkpoint_settings. Raises
-    ValueError or OSError, with a readable message."""
+    from six views of it; returns the likeliest names. The network knows its own classes
+    only, and no "none of these". In a notebook the settings are those of
+    checkpoint_settings. Raises ValueError or OSError, with a readable message."""
     device = choose_device(settings.device)
     state = load_checkpoint(settings.checkpoint(), settings)
     names = state["names"]
