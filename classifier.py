@@ -1718,9 +1718,9 @@ def autocast(device, dtype):
 
 
 def set_up(settings):
-    """What training, eval and lr-find begin with: (device, dtype of matrix products, folder to write
-    to). Raises ValueError or OSError, with a readable message, where the device or the
-    folder can't be had."""
+    """What training, eval and lr-find begin with: (device, dtype of matrix products,
+    folder to write to). Raises ValueError or OSError, with a readable message, where the
+    device or the folder can't be had."""
     keep_freed_memory()
     device = choose_device(settings.device)
     precision, why = choose_precision(device, settings.precision)

@@ -56,8 +56,9 @@ width, 15 drawn shapes, 16 command line.
 Shapes in comments: B pictures, C channels, H x W pixels, E width of an embedding.
 Symbols: x a picture in [-1,1]; t in [0,1] the time, 0 clean and 1 pure noise; x_t a noised
 picture; log_snr, the paper's lambda, how clean it is, which is what the network is told
-(the cosine schedule goes from 20, clean, to -20, noise); alpha and sigma the scales of signal and noise, alpha² + sigma² = 1 (alpha is
-not DDPM's alpha_t, a ratio of neighbouring alpha²); v the velocity.
+(the cosine schedule goes from 20, clean, to -20, noise); alpha and sigma the scales of signal
+and noise, alpha² + sigma² = 1 (alpha is not DDPM's alpha_t, a ratio of neighbouring alpha²); v
+the velocity.
 Tags like [2.2] name the paper's section, (1) to (4) its equations; `our choice` marks what it
 leaves open. Numbers without a dot are the paper's references:
     [3]  Crowson's Colab, from which the      [24] Improved DDPM (cosine schedule)
@@ -2017,9 +2018,9 @@ def autocast(device, dtype):
 
 
 def set_up(settings):
-    """What all modes but export begin with: (device, dtype of matrix products, folder to write
-    to). Raises ValueError or OSError, with a readable message, where the device or the
-    folder can't be had."""
+    """What all modes but export begin with: (device, dtype of matrix products, folder
+    to write to). Raises ValueError or OSError, with a readable message, where the device
+    or the folder can't be had."""
     keep_freed_memory()
     device = choose_device(settings.device)
     precision, why = choose_precision(device, settings.precision)
