@@ -1251,9 +1251,9 @@ def test_six_views():
     with torch.no_grad():
         one = net(x.float() / 255)
         six = sum(net(view.float() / 255) for view in views) / 6
-        assert_close(classifier.mean_logits(net, x, *scale), one)
-        assert_close(classifier.mean_logits(net, x, *scale, classifier.six_views), six)
-    scores = classifier.evaluate(net, x, y, *scale, views=classifier.six_views)
+        assert_close(classifier.predict_logits(net, x, *scale), one)
+        assert_close(classifier.predict_logits(net, x, *scale, tta=True), six)
+    scores = classifier.evaluate(net, x, y, *scale, tta=True)
     right = (six.argmax(1) == y).float().mean().item()
     assert abs(scores.accuracy - right) < 1e-6
     assert abs(scores.loss - F.cross_entropy(six, y).item()) < 1e-5
