@@ -1222,12 +1222,19 @@ def test_evaluate_is_exact():
 
 
 def test_command_for_the_shell():
-    """Of Windows it has double quotes, where it needs any; elsewhere it stays."""
+    """The command that resumes a run: for Windows with double quotes, where it needs
+    any; elsewhere as it was given."""
     for module in MODULES:
         command = "python x.py " + shlex.join(["--out", "C:\\x", "--data", "my data"])
         typed = module.as_typed(command, windows=True)
         assert typed == 'python x.py --out C:\\x --data "my data"'
         assert module.as_typed(command, windows=False) == command
+
+        stop = module.StopSignals()
+        stop.received = signal.SIGINT
+        with patched() as monkey:
+            monkey(module, "as_typed", "typed: {}".format)
+            assert f"typed: {command}" in str(stop.stopped(1, Path("x"), command))
 
 
 def test_six_views():
@@ -1498,6 +1505,9 @@ def check_export(module, out, part, *flags):
     ):
         folders = "python x.py " + shlex.join(words)
         assert module.without_folders(folders) == "python x.py --seed 3 --steps 5"
+    if module is diffusion:
+        network = "python x.py --inception 'my net.pt' fid"
+        assert module.without_folders(network) == "python x.py fid"
     notebook = "train(settings), with the same settings"
     assert module.without_folders(notebook) == notebook
     drawn = "python x.py --data shapes --steps 5"
@@ -1640,6 +1650,16 @@ def test_exported_diffusion():
         assert "--weights FILE" in refused(diffusion, *own)
         message = refused(diffusion, *own, "--weights", out / "checkpoint.pt")
         assert "the run itself" in message
+
+        # A run whose last weights were never measured has nothing to say.
+        state = load_state(out)
+        del state["log"]["rows"][-1]["val_loss"]
+        (out / "early").mkdir()
+        torch.save(state, out / "early" / "checkpoint.pt")
+        early = ["export", "--data", "shapes", "--out", out / "early"]
+        message = refused(diffusion, *early, "--weights", out / "early.pt")
+        assert "step 3, has not been validated" in message
+
         monkey(diffusion, "load_data", None)
         expected, _ = run(diffusion, "sample", "--data", "shapes", "--out", out)
         here = ["--weights", path, "--out", out / "other"]
