@@ -1586,8 +1586,11 @@ def test_exported_classifier():
         assert (classifier.open_picture(out / "deep.png")[0] == eight_bits).all()
         whole = small.read_bytes()
         start = whole.index(b"IDAT")
-        (out / "chunk.png").write_bytes(whole[:start] + b"I\0\0T" + whole[start + 4 :])
         (out / "part.png").write_bytes(whole[: start + 20])
+
+        # This one's pixels end early, with a chunk of no known name.
+        short = (10).to_bytes(4, "big") + whole[start : start + 14] + bytes(8)
+        (out / "chunk.png").write_bytes(whole[: start - 4] + short + b"I\0\0T" + bytes(20))
         for name in ("chunk.png", "part.png"):
             assert name in str(raised(OSError, classifier.open_picture, out / name))
 
@@ -1604,6 +1607,12 @@ def test_exported_classifier():
             assert classifier.predict(notebook, [small, wide]) == guesses
         again, _ = run(classifier, "predict", *here, small, wide)
         assert again == guesses
+
+        # It looks at six views.
+        with patched() as inner:
+            inner(classifier, "six_views", lambda x: [torch.zeros_like(x)] * 6)
+            _, of_black = run(classifier, "predict", *here, small)
+        assert of_black.splitlines()[0] != text.splitlines()[0]
         assert all(guess in names for guess in guesses)
         first = text.splitlines()[0]
         assert first.startswith(f"{small}: {guesses[0]} ")
