@@ -17,9 +17,9 @@ from the top:
 Result so far, of all 50,000 steps with 16 pictures each, a sixteenth of the default batch (112
 minutes of training on two CPU cores, seed 0, 2026-11-25, torch 2.14.1): the velocity loss on test
 pictures is 0.1159, where always predicting zero gives 0.645. FID-1280 of 10,000 samples (25 steps)
-is 4.56, or 4.22 with --guidance 2 --clip-x0 none --eta 0.6; as many training pictures have 0.398.
+is 4.56, or 4.22 with --guidance 2 --clip-x0 none --eta 0.6; 10,000 training pictures have 0.398.
 FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than
-FID, and not to be compared with it (.github/experiments.md). The full budget, the first command,
+FID, and not to be compared with it (.github/experiments.md). The first command, with the full batch,
 is meant for a GPU and has not been run yet. README.md has the log and the pictures.
 
 A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
@@ -72,7 +72,7 @@ leaves open. Numbers without a dot are the paper's references:
 Not the paper's: [M] Keller Jordan's "Muon: An optimizer for hidden layers in neural networks"
 (2024).
 
-For CIFAR-10, write CIFAR10 for CIFAR100 at DATASET: everything else follows from it.
+For CIFAR-10, replace CIFAR100 by CIFAR10 in the line DATASET = ...: the rest follows from it.
 """
 import argparse
 import concurrent.futures
@@ -126,9 +126,9 @@ class Settings:
     readable message, for a value that its field does not allow.
 
     The defaults are the paper's design but for `modulate`. Numbers that it doesn't name
-    are our choice, and so are mirroring, clipping of the gradient and the course of the
-    rate, of which it says nothing. `recipe` and data="shapes" change the defaults of
-    other fields: see choose_settings.
+    are our choice, and so are the optimiser, mirroring, clipping of the gradient and the
+    course of the rate, of which it says nothing. `recipe` and data="shapes" change the
+    defaults of other fields: see choose_settings.
     """
 
     # Where pictures come from and results go to.
@@ -169,7 +169,7 @@ class Settings:
     # of one CPU core: 892 and 669 steps of 64), after equal steps 0.1350 and 0.1363
     # (1,500 of 32).
     modulate: str = setting("on", "scale and shift in all blocks", choices=("off", "on"))
-    recipe: str = setting("ours", "paper: nothing beyond the paper", choices=("ours", "paper"))
+    recipe: str = setting("ours", "paper: without modulate", choices=("ours", "paper"))
 
     # From here on: of sampling only, so free to differ from one command to the next.
     sample_schedule: str = setting("same", "of sampling", choices=("same", *SCHEDULES))
@@ -179,8 +179,8 @@ class Settings:
     # The paper's w = 3 scored best after short runs: after 12,000 steps of 32 on a CPU,
     # FID-1280 of 2,000 samples was 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w = 0, 0.25, 0.5,
     # 1, 2, 3; after 8,000 with Muon, 6.4 with w = 3 and 6.9 with 5. After 50,000 steps of
-    # 16, sampled in 25 steps, it was 5.13 as in the paper, which is the default (w = 3,
-    # dynamic clipping, eta 1), 5.06 with w = 2, 5.02 with eta 0.6, and 4.74 with both and
+    # 16, sampled in 25 steps, it was 5.13 with the paper's w = 3, dynamic clipping and eta
+    # 1, which are the defaults, 5.06 with w = 2, 5.02 with eta 0.6, and 4.74 with both and
     # no clipping. At 100 steps, the default, there are only 500 samples of each, which
     # compare with each other alone: 7.61 as in the paper, 7.55 with all three. That is no
     # difference, so the paper's sampling stays.
@@ -278,7 +278,9 @@ class ResidualBlock(nn.Module):
 
     GroupNorm, not BatchNorm: a batch mixes noise levels, whose statistics have nothing
     in common, and BatchNorm's running averages would be those of the raw weights and
-    not of the averaged ones (EMA). 8 groups, so C is a multiple of 8: our choice.
+    not of the averaged ones (EMA). This form of block, SiLU, and 8 groups, so that C is
+    a multiple of 8, are our choice.
+
     `conv` is separable_conv or regular_conv. With `e_width`, an embedding (B,e_width)
     scales and shifts the channels after the second norm. (A separable convolution
     follows. After its own, added embedding the paper found one harmful, see Injection;
@@ -317,7 +319,8 @@ class Stage(nn.Sequential):
 
 class Attention(nn.Module):
     """Self-attention among all positions of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
-    (The abstract speaks of transformer layers, which would have an MLP too.)
+    (The abstract speaks of transformer layers, which would have an MLP too; that we
+    follow [2.2] is our choice.)
 
     C / 64 heads, rounded, or the next smaller number that divides C; one group in the
     norm; zeros in the last layer, so that it starts as the identity: all our choice. No
@@ -377,9 +380,9 @@ class UNet(nn.Module):
     x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), where the number
     `no_class` stands for "no class" (null label), or class embeddings (B,E) as `embed`
     gives them; E is `e_width`. The diagram is in this file's header. Widths, depths and
-    kernels, 2x2 average pooling, and the added skips are our choice. `modulate`
-    goes beyond the paper: the embedding acts in every block, not at two points alone.
-    Raises ValueError if `width` is no multiple of 8.
+    kernels, 2x2 average pooling, doubling by repetition, and the added skips are our
+    choice. `modulate` goes beyond the paper: the embedding acts in every block, not at
+    two points alone. Raises ValueError if `width` is no multiple of 8.
     """
 
     def __init__(
@@ -400,7 +403,8 @@ class UNet(nn.Module):
         def halve(c_in, c_out):
             return nn.AvgPool2d(2), nn.Conv2d(c_in, c_out, 1)
 
-        # The embedding of the noise level, which goes in as the log-SNR.
+        # The embedding of the noise level, which goes in as the log-SNR. These two layers,
+        # and that the class embedding is added to their output, are our choice.
         self.time = nn.Sequential(
             nn.Linear(64, e_width), nn.SiLU(), nn.Linear(e_width, e_width)
         )
@@ -829,9 +833,9 @@ def train(settings, command="train(settings), with the same settings"):
 
     # Low-discrepancy t [2.2]: a Sobol sequence, of which each draw falls into a gap
     # that the earlier ones left, so a batch covers [0,1] evenly and the loss estimate
-    # varies less [2.3, 19]. In a batch of 2^n, row i gets its t from nearly the same part of
-    # [0,1] each time, so nothing else may depend on the row: the pictures come in
-    # random order.
+    # varies less, which often speeds training up [2.3, 19]. In a batch of 2^n, row i
+    # gets its t from nearly the same part of [0,1] each time, so nothing else may depend
+    # on the row: the pictures come in random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
 
     # All other random numbers come from one generator on the device; sampling has its
@@ -1706,19 +1710,27 @@ class TrainingLog:
         """log.csv and loss.png, whole each time: so a run that went back to its
         checkpoint leaves no rows of the steps it lost."""
         write_csv(self.out / "log.csv", self.columns, self.rows)
+        curves = dict(train=self.curve("loss"), validation=self.curve("val_loss"))
+
+        # The first losses, 0.65 where the network still says zero, would flatten all that
+        # follows. So the axis reaches 0.1 up from just below the least one.
+        least = min(value for points in curves.values() for _, value in points)
+        low = 0.02 * math.floor(least / 0.02)
+        high = low + 0.1
+        for name, points in curves.items():
+            curves[name] = [(step, value) for step, value in points if value < high]
+
         plot(
             self.out / "loss.png",
-            dict(train=self.curve("loss"), validation=self.curve("val_loss")),
+            curves,
             "Velocity loss, Eq. (3)",
             Axis("optimiser step", 0, self.steps),
-            Axis("loss", 0, 0.5),
+            Axis("loss", low, high),
         )
 
     def curve(self, name):
-        """[(step, value)] of a column, where it has one; cut at 0.5, as the first
-        losses (0.65 where the network still says zero) would flatten all that
-        follows."""
-        return [(row["step"], min(row[name], 0.5)) for row in self.rows if name in row]
+        """[(step, value)] of a column, where it has one."""
+        return [(row["step"], row[name]) for row in self.rows if name in row]
 
     def summarise(self, step):
         """Print what training took."""
@@ -1773,8 +1785,8 @@ def plot(path, curves, title, x_axis, y_axis):
         pen.text((across, 810), f"{x:,g}", "#333", font, "mm")
         pen.text((115, down), f"{y:.4g}", "#333", font, "rm")
 
-    # The curves, and their names in the lower right corner.
-    height = 660
+    # The curves, which fall, and their names in the upper right corner.
+    height = 130
     for (name, points), colour in zip(curves.items(), ("#d1495b", "#00798c", "#7a5195")):
         if points:
             pen.line([place(x, y) for x, y in points], colour, 5, "curve")
@@ -2040,7 +2052,7 @@ def set_up(settings):
 def keep_freed_memory():
     """Let the C library of Linux keep freed memory for the next step. By itself it gives
     large blocks back, and the system must clear every page of new ones: on a CPU a step
-    of the default batch took 1.3 times as long. Elsewhere this does nothing."""
+    of the default batch took 1.4 times as long. Elsewhere this does nothing."""
     if sys.platform == "linux":
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt:  # glibc's; the numbers are of its malloc.h

@@ -1401,6 +1401,26 @@ def test_running_loss():
         assert_close(log.loss, torch.tensor(4.02))
 
 
+def test_loss_picture():
+    """loss.png shows the end of a run closely: its axis spans a tenth, with the least
+    loss in the lowest fifth, and only the losses in it."""
+    with small_run(diffusion) as (monkey, out):
+        calls = []
+        monkey(diffusion, "plot", lambda *args: calls.append(args))
+        log = diffusion.TrainingLog(out, 30, 10, "cpu")
+        log.rows = [
+            dict(step=10, loss=0.6, lr=1e-3),
+            dict(step=20, loss=0.19, lr=1e-3, val_loss=0.1159),
+            dict(step=30, loss=0.118, lr=1e-3),
+        ]
+        log.write_files()
+
+    path, curves, _, _, axis = calls[0]
+    assert path.name == "loss.png"
+    assert curves == dict(train=[(20, 0.19), (30, 0.118)], validation=[(20, 0.1159)])
+    assert math.isclose(axis.low, 0.1) and math.isclose(axis.high, 0.2)
+
+
 def test_second_signal():
     """A first signal of either kind is noted; a second one acts as ever."""
     # Where this runs in the background, Ctrl-C may be switched off.
@@ -1981,7 +2001,7 @@ SCHEDULES = {
 
 def test_schedules():
     """Each schedule is finite, strictly falling and invertible, in fp32 as used; the
-    ends and the formulas are the paper's, and alpha² + sigma² = 1."""
+    ends and the formulas are those that it names, and alpha² + sigma² = 1."""
     t = torch.linspace(0, 1, 1001)
     for name, (schedule, inverse) in SCHEDULES.items():
         log_snr = schedule(t)
@@ -2005,7 +2025,7 @@ def test_schedules():
     direct = -2 * torch.tan(least + (most - least) * t).log()
     assert_close(diffusion.cosine_schedule(t), direct, atol=1e-6, rtol=1e-6)
 
-    # The linear one is DDPM's integral of beta.
+    # The linear one is close to DDPM's integral of beta.
     alpha_squared = torch.exp(-(1e-4 + 10 * t**2))
     assert_close(diffusion.linear_schedule(t), torch.logit(alpha_squared))
 
