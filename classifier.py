@@ -16,9 +16,9 @@ A run writes one folder, runs/classifier-<data set>. Start the same command agai
 on where it stopped.
 
 Result so far: 67.12 % test accuracy after 10,000 steps of 256, a quarter of the full batch (96
-minutes on two CPU cores, seed 0, 2026-11-25, torch 2.14.1). Its weights in fp16, which are in
-this repository, have 68.61 % from six views of each picture, and 67.08 % from one. After 10,000
-steps of 128 it is 66.59 and 66.26 % (seeds 0 and 1). The first command, with the full batch, is meant
+minutes on two CPU cores, seed 0, 2026-11-25, torch 2.14.1). Its weights in fp16, which are in this
+repository, have 68.61 % from six views of each picture, and 67.08 % from one. After 10,000 steps
+of 128 it is 66.59 and 66.26 % (seeds 0 and 1). The first command, with the full batch, is meant
 for a GPU and has not been run yet. README.md has the log and the curve.
 
 The paper's network [1.2.1] with our widths (D = 80), which `--recipe paper` builds, in 98,804

@@ -18,9 +18,9 @@ Result so far, of all 50,000 steps with 16 pictures each, a sixteenth of the def
 minutes of training on two CPU cores, seed 0, 2026-11-25, torch 2.14.1): the velocity loss on test
 pictures is 0.1159, where always predicting zero gives 0.645. FID-1280 of 10,000 samples (25 steps)
 is 4.56, or 4.22 with --guidance 2 --clip-x0 none --eta 0.6; 10,000 training pictures have 0.398.
-FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than
-FID, and not to be compared with it (.github/experiments.md). The first command, with the full batch,
-is meant for a GPU and has not been run yet. README.md has the log and the pictures.
+FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than FID, and
+not to be compared with it (.github/experiments.md). The first command, with the full batch, is
+meant for a GPU and has not been run yet. README.md has the log and the pictures.
 
 A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
 on where it stopped. The modes sample, interpolate, neighbours and fid take every setting
