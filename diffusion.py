@@ -183,7 +183,8 @@ class Settings:
     # 1, which are the defaults, 5.06 with w = 2, 5.02 with eta 0.6, and 4.74 with both and
     # no clipping. At 100 steps, the default, there are only 500 samples of each, which
     # compare with each other alone: 7.61 as in the paper, 7.55 with all three. That is no
-    # difference, so the paper's sampling stays.
+    # difference, so the paper's sampling stays. (After 50,000 steps of 64, in 25 steps, 4.40
+    # as in the paper, 3.91 with all three.)
     guidance: float = setting(3.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
     clip_x0: str = setting("dynamic", "how x0 is cut", choices=("none", "static", "dynamic"))
     classes: str = setting("", "names or numbers to sample, by commas; empty: all, mixed")
