@@ -17,10 +17,10 @@ from the top:
 Result so far, of all 50,000 steps with 64 pictures each, a quarter of the default batch (8 minutes
 of training on an H200, seed 0, 2026-11-26, torch 2.11.0): the velocity loss on test pictures is
 0.1134, where always predicting zero gives 0.645. FID-1280 of 10,000 samples (--sample-steps 25
---guidance 2 --clip-x0 none --eta 0.6) is 3.24; 10,000 training pictures have 0.398. FID-1280 is
-the Fréchet distance in an earlier layer of the FID network: much smaller than FID, and not to be
-compared with it (.github/experiments.md). The first command, with the full batch, has not been run
-yet. README.md has the log and the pictures.
+--sample-seed 2 --guidance 2 --clip-x0 none --eta 0.6) is 3.24; 10,000 training pictures have 0.398.
+FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than FID, and
+not to be compared with it (.github/experiments.md). The first command, with the full batch, has not
+been run yet. README.md has the log and the pictures.
 
 A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
 on where it stopped. The modes sample, interpolate, neighbours and fid take every setting

@@ -27,6 +27,7 @@ import traceback
 import unittest
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 # Torch must not see an NVIDIA GPU: the tests say what happens on a CPU, and some pretend
 # that there is a GPU, by their own rules.
@@ -3685,6 +3686,32 @@ def test_compilations():
     torch._dynamo.reset()
 
 
+def test_cuda_graphs():
+    """The U-Net is compiled into CUDA graphs on CUDA; on a CPU without them, and only if
+    asked for."""
+
+    class Net:
+        def __init__(self, device):
+            self.weight = SimpleNamespace(device=torch.device(device), requires_grad=False)
+
+        def parameters(self):
+            yield self.weight
+
+        def compile(self, mode):
+            modes.append(mode)
+
+    cases = [
+        ("cuda", "auto", ["reduce-overhead"] * 2),  # a trial copy and the network itself
+        ("cuda", "off", []),
+        ("cpu", "on", ["default"] * 2),
+        ("cpu", "auto", []),
+    ]
+    for device, how, expected in cases:
+        modes = []
+        diffusion.compile_network(Net(device), how, [], torch.float32)
+        assert modes == expected, (device, how)
+
+
 def test_out_of_memory():
     """Where memory runs out, the run ends in one line that says which flags to change;
     other errors inside torch stay what they are."""
@@ -3741,7 +3768,7 @@ def runs_on_mps(name, table):
 
 def test_real_gpu():
     """Where there is an NVIDIA GPU, both scripts train on it, compiled, to their end, and
-    a run goes on from its checkpoint."""
+    a finished run is opened again."""
     if not shutil.which("nvidia-smi"):
         raise unittest.SkipTest("no GPU")
 
