@@ -73,6 +73,7 @@ import ctypes
 import dataclasses
 import datetime
 import functools
+import io
 import math
 import os
 import shlex
@@ -100,6 +101,11 @@ MAX_STEPS = 10_000  # [1.1] gradient updates at most, asserted in the training l
 # --------------------------------------------------------------------------------------
 # 1. Settings
 # --------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """What the user can put right, said in the text: `main` prints that alone, and no
+    traceback."""
 
 
 def setting(default, help, low=None, high=None, choices=None):
@@ -140,11 +146,11 @@ class Settings:
     eval_every: int = setting(500, "steps between validations; each saves", 1, MAX_STEPS)
 
     # How it is trained. Accuracy after 800 steps of 128 (5,000 held-out pictures, seed 0,
-    # AdamW): 35.7 % with peak rate 8e-3, 33.2 % with 4e-3; 35.7 % with weight decay 0.05,
-    # 35.4 % with 0.01. After 10,000 steps of 128, with Muon, 66.3 % with 0.2 and 65.8 % with
-    # 0.05: one seed, so not yet the default. (The paper took its peak rate from a range test
-    # [1.2.2], which the mode lr-find makes.)
-    # Smoothing and the gradient's norm are customary values, not tuned.
+    # AdamW, an earlier version of this network): 35.7 % with peak rate 8e-3, 33.2 % with
+    # 4e-3; 35.7 % with weight decay 0.05, 35.4 % with 0.01. After 10,000 steps of 128,
+    # with Muon, 66.3 % with 0.2 and 65.8 % with 0.05: one seed, so not yet the
+    # default. (The paper took its peak rate from a range test [1.2.2], which the mode lr-find
+    # makes.) Smoothing and the gradient's norm are customary values, not tuned.
     steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
     batch_size: int = setting(1024, "pictures per step", 1, 65_536)
     max_lr: float = setting(8e-3, "peak learning rate of OneCycle", 1e-8, 10.0)
@@ -152,12 +158,14 @@ class Settings:
     label_smoothing: float = setting(0.1, "share of the target spread evenly", 0.0, 0.99)
     clip_norm: float = setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
 
-    # RandAugment is light: short runs chose it, in which a small network underfits. On
-    # 5,000 held-out pictures, seed 0: without it, 1.4 points worse (800 steps of 128, an
-    # earlier version of this network); two operations of magnitude 6, 0.8 points worse
-    # (10,000 steps of 128). Whether more pays in longer runs has not been measured: after
-    # 10,000 steps of 256 the accuracy is 84.9 % on training pictures and 67.1 % on test
-    # pictures, after as many of 1,024 it is 93.6 % and 65.7 %.
+    # RandAugment is light: at magnitude 2, translations are by less than a pixel and posterise
+    # keeps all bits, so that with identity four of the fourteen operations change nothing.
+    # Short runs chose it, in which a small network underfits. On 5,000 held-out pictures,
+    # seed 0: without it, 1.4 points worse (800 steps of 128, an earlier version of this
+    # network); two operations of magnitude 6, 0.8 points worse (10,000 steps of 128).
+    # Whether more pays in longer runs has not been measured: after 10,000 steps of 256 the
+    # accuracy is 84.9 % on training pictures and 67.1 % on test pictures, after as many of
+    # 1,024 it is 93.6 % and 65.7 %.
     randaugment_ops: int = setting(1, "RandAugment operations per picture; 0: none", 0, 10)
     randaugment_magnitude: int = setting(2, "RandAugment magnitude", 0, 30)
 
@@ -171,21 +179,22 @@ class Settings:
     tied: str = setting("on", "one encoder layer, each time", choices=("on", "off"))
     positions: str = setting("fourier", "token positions", choices=("fourier", "learned", "none"))
     downsample: str = setting("max-pool", "how to shrink", choices=("max-pool", "strided"))
-    width: int = setting(0, "channels D; 0: as many as the budget allows", 0, 4096)
+    width: int = setting(0, "channels D; 0: as many as the budget allows", 0, 512)
 
     # Beyond the paper. Accuracy after 10,000 steps of 128 on 5,000 held-out pictures, with
     # seeds 0 and 1 or seed 0:
     #
-    #     all four, the default   65.8 and 64.6 %
-    #     --optimiser adamw       64.9 and 63.5 %
-    #     --gate plain            64.4 %
-    #     the same, --head pair   63.6 %
-    #     --stem plain            64.0 %
+        #     all four, the default       65.8 and 64.6 %
+    #     --optimiser adamw           64.9 and 63.5 %
+    #     --gate plain                64.4 %
+    #     --gate plain --head pair    63.6 %
+    #     --stem plain                64.0 %
+
     #
-    # So Muon gains a point at length (0.99), after four in 1,500 steps. The pair would not
-    # fit beside the local gate, so head and gate gain 2.2 points together. On the test set
-    # the default has 66.6 % after 10,000 steps of 128, and the network with none of the
-    # four 61.9 % (seed 0, the latter with an earlier RandAugment).
+    # Muon gains four points in 1,500 steps, and in these 10,000 still one (0.99). The pair
+    # does not fit beside the local gate at this width; head and gate gain 2.2 together. On
+    # the test set the default has 66.6 % after 10,000 steps of 128, and the network with none
+    # of the four 61.9 % (seed 0, the latter with an earlier RandAugment).
     stem: str = setting("residual", "last two convolutions", choices=("residual", "plain"))
     gate: str = setting("local", "gate of the llama MLP", choices=("local", "plain"))
     head: str = setting("single", "linear layers at the end", choices=("single", "pair"))
@@ -195,6 +204,8 @@ class Settings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
+        if self.width % 4 != 0:
+            raise UserError(f"--width {self.width} is not a multiple of 4")
 
     def folder(self):
         """The folder that a run with these settings writes to, as a Path."""
@@ -206,8 +217,8 @@ class Settings:
         return Path(self.weights or self.folder() / "checkpoint.pt")
 
 
-# These don't shape what is learned, so they may change when a run is resumed. (The
-# pictures themselves are compared by checksum, wherever they lie.)
+# These may change when a run is resumed: of what is learned they decide no more than the
+# rounding. (The pictures themselves are compared by checksum, wherever they lie.)
 FREE_TO_CHANGE = (
     "data out weights device compile precision log_every eval_every recipe"
 ).split()
@@ -266,7 +277,9 @@ class RMSNorm(nn.RMSNorm):
     and bias."""
 
     def forward(self, x):
-        # Under autocast x is bf16 and the gain fp32, for which torch has no fused kernel.
+        # In bf16, autocast would compute this in fp32 on CUDA, and elsewhere leave the gain
+        # in fp32, which no fused kernel takes. So: without it, and with the gain in x's
+        # type. (The kernel sums up in fp32 by itself.)
         with torch.autocast(x.device.type, enabled=False):
             gain = self.weight.to(x.dtype)
             return F.rms_norm(x, self.normalized_shape, gain, self.eps)
@@ -534,7 +547,7 @@ def load_cifar(root):
     except Exception as error:  # no net, host down, disk full, pickle damaged: say what helps
         raise OSError(
             f"no {DATASET.__name__} in {root.resolve()}: {error}\n"
-            f"  Delete what is damaged, and get {DATASET.url}\n"
+            f"  Delete what is damaged, if anything is there, and get {DATASET.url}\n"
             f"  into that folder (md5 {DATASET.tgz_md5});\n"
             "  or do without a download: --data shapes"
         ) from error
@@ -559,7 +572,7 @@ def held_out(y, per_class):
     for label in y.unique():
         members = order[y[order] == label]
         if len(members) < per_class:
-            raise ValueError(
+            raise UserError(
                 f"--holdout: {per_class} per class, and one has only {len(members)}"
             )
         mask[members[:per_class]] = True
@@ -582,7 +595,7 @@ def load_data(source, holdout=0, device="cpu"):
 
     val_x, val_y = test_x, test_y
     if holdout % len(names) != 0:
-        raise ValueError(f"--holdout {holdout} is not {len(names)} equal shares")
+        raise UserError(f"--holdout {holdout} is not {len(names)} equal shares")
     if holdout > 0:
         mask = held_out(y, holdout // len(names))
         val_x, val_y = x[mask], y[mask]
@@ -618,8 +631,9 @@ def strength(magnitude, end, start=0.0):
 
 @functools.cache
 def pixel_sources(name, magnitude, sign, height, width, device):
-    """Which pixel of a picture each pixel shows after a geometric operation: (H*W,), the
-    number of the pixel, row by row from 1, or 0 where black comes in.
+    """For each pixel of a picture that a geometric operation has moved, the number of the
+    original pixel that it shows: (H*W,). Pixels are numbered row by row from 1; 0 is
+    black, which comes in from outside.
 
     To find out, torchvision moves a picture of these numbers, once for all pictures to
     come: so a moved batch costs one look-up, and not the coordinates of each pixel. The
@@ -900,6 +914,8 @@ def train(settings, command="train(settings), with the same settings"):
     loss is no longer finite; AssertionError if a budget is exceeded; Stopped after a
     signal, when all is saved. `command` is printed then, as what resumes the run.
     """
+    if settings.weights:
+        raise UserError("training can't start from --weights, only anew or by resuming")
     device, precision, out = set_up(settings)
     data = load_data(settings.data, settings.holdout, device)
     mean, std = channel_statistics(data.train_x)
@@ -992,7 +1008,7 @@ def train(settings, command="train(settings), with the same settings"):
 
             # That was the algorithm; it reads no number back from a GPU (but for fp16
             # with Muon). Reading one waits for all that was launched, so the rest
-            # (sections 8 and 9) happens only now and then.
+            # (sections 6, 8 and 9) happens only now and then.
             log.add(step, loss.detach())
             stopping = stop.received is not None
             validating = step % settings.eval_every == 0 or step == settings.steps
@@ -1061,8 +1077,8 @@ def predict_logits(net, x, mean, std, tta=False):
     """Logits (B,classes) of `net` for pictures x, uint8 (B,3,H,W); with `tta` their mean
     over six views of each picture.
 
-    That is test-time augmentation, which is ours. Pooling makes what the network sees
-    depend on each pixel's place, so its answer to a shifted picture is another one; in
+    That is test-time augmentation, which is ours. Max-pooling cuts every picture into the
+    same 2x2 squares, so the answer to a picture shifted by one pixel is another one; in
     the mean of such answers errors partly cancel. On 5,000 held-out pictures that gained
     1.3 to 2.3 points (six networks, 10,000 steps of 128).
     """
@@ -1087,7 +1103,8 @@ def evaluate(
             logits, target, reduction="none", label_smoothing=label_smoothing
         )
 
-        # topk, not a comparison with the true logit: so ties don't favour the truth.
+        # topk picks one class where logits tie; counting those above the true logit would
+        # call every tie a hit.
         hits = logits.topk(5).indices == target[:, None]  # (B,5)
         losses.append(loss)
         firsts.append(hits[:, 0])
@@ -1172,12 +1189,13 @@ def evaluate_checkpoint(settings):
     Raises ValueError or OSError as train does."""
     device, precision, out = set_up(settings)
     data = load_data(settings.data, settings.holdout, device)
-    mean, std = channel_statistics(data.train_x)
-
-    net = build_network(settings, len(data.names), device)
     path = settings.checkpoint()
     state = load_checkpoint(path, settings, data.checksum)
+
+    net = build_network(settings, len(data.names), device)
     restore(dict(net=net), state)
+    mean = state["mean"].to(device)
+    std = state["std"].to(device)
     print(f"{path}: {state['step']:,} of {settings.steps:,} steps done")
 
     result = report(net, data, settings, mean, std, precision, with_test=True)
@@ -1194,10 +1212,10 @@ def open_picture(path, side=32):
         with Image.open(path) as image:
             # Grey of 16 bits, which convert would cut off at 255.
             if image.mode.startswith("I"):
-                image = image.point(lambda value: value * (1 / 256))
+                image = image.convert("I").point(lambda value: value * (1 / 256))
             upright = ImageOps.exif_transpose(image).convert("RGBA")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path}: {error}") from error  # SyntaxError: a damaged PNG
+    except Exception as error:  # a damaged file can fail in any way
+        raise OSError(f"{path}: {error}") from error
     white = Image.new("RGBA", upright.size, "white")
     picture = Image.alpha_composite(white, upright).convert("RGB")
     small = ImageOps.fit(picture, (side, side))
@@ -1210,6 +1228,7 @@ def predict(settings, paths):
     only, and no "none of these". In a notebook the settings are those of
     checkpoint_settings. Raises ValueError or OSError, with a readable message."""
     device = choose_device(settings.device)
+    precision, _ = choose_precision(device, settings.precision)
     state = load_checkpoint(settings.checkpoint(), settings)
     names = state["names"]
     net = build_network(settings, len(names), device).eval()
@@ -1220,7 +1239,7 @@ def predict(settings, paths):
     found = []
     for path in paths:
         x = open_picture(path).to(device)
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, precision):
             logits = predict_logits(net, x, mean, std, tta=True)  # (1,classes)
         probability = logits[0].softmax(dim=0)  # (classes,)
         best = probability.argsort(descending=True)[:5].tolist()
@@ -1264,7 +1283,8 @@ def find_learning_rate(settings, lowest=1e-5, highest=1.0, longest=200):
         for group in optimiser.param_groups:
             group["lr"] = rate
 
-        # The update that train makes, but for the scaler, on pictures drawn at random.
+        # The update that train makes, on pictures drawn at random. (There is no scaler
+        # here, and AdamW's first beta stays.)
         chosen = torch.randint(len(data.train_y), (settings.batch_size,)).to(device)
         x = augment(
             data.train_x[chosen], settings.randaugment_ops, settings.randaugment_magnitude
@@ -1355,7 +1375,7 @@ class TrainingLog:
         or a weight is not finite."""
         total = self.loss + sum(p.detach().sum() for p in net.parameters())
         if not torch.isfinite(total):
-            raise ValueError(
+            raise UserError(
                 f"the loss is not finite at step {step:,}: try another --out with "
                 "a lower --max-lr; the last good checkpoint, if any, is kept"
             )
@@ -1374,10 +1394,11 @@ class TrainingLog:
         """Print the newest row; on a terminal in place, unless it is to be kept."""
         row = self.rows[-1]
         pictures = (self.steps - row["step"]) * self.batch_size
-        left = datetime.timedelta(seconds=int(pictures / row["images_per_s"]))
+        left = int(pictures / row["images_per_s"])  # seconds
         line = (
             f"step {row['step']:6,}/{self.steps:,}  loss {row['loss']:.4f}  "
-            f"lr {row['lr']:.2e}  {row['images_per_s']:7,.0f} images/s  left {left}"
+            f"lr {row['lr']:.2e}  {row['images_per_s']:7,.0f} images/s  "
+            f"left {left // 3600:2}:{left // 60 % 60:02}:{left % 60:02}"
         )
         if "val_acc" in row:
             line += f"  train acc {row['train_acc']:.2%}  val acc {row['val_acc']:.2%}"
@@ -1458,7 +1479,9 @@ def plot(path, curves, title, x_axis, y_axis):
     height = 660
     for (name, points), colour in zip(curves.items(), ("#d1495b", "#00798c", "#7a5195")):
         if points:
-            pen.line([place(x, y) for x, y in points], colour, 5, "curve")
+            places = [place(x, y) for x, y in points]
+            pen.line(places, colour, 5, "curve")
+            pen.circle(places[-1], 6, colour)  # a single point has no line
         pen.text((1370, height), name, colour, font, "rm")
         height += 45
 
@@ -1515,10 +1538,16 @@ def save_checkpoint(path, settings, data, parts, progress):
 
 def save_whole(state, path):
     """torch.save, first beside `path`, then renamed: so it is always a whole file, the
-    old or the new one."""
+    old or the new one. Raises OSError, with a readable message."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # not into the file: what it says of a full disk is no OSError
     beside = path.with_suffix(".tmp")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(buffer.getbuffer())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written ({error.strerror})") from error
 
 
 def load_checkpoint(path, settings=None, checksum=None):
@@ -1539,37 +1568,46 @@ def load_checkpoint(path, settings=None, checksum=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
         made = state["settings"]
         if list(made) != [field.name for field in dataclasses.fields(Settings)]:
-            raise ValueError("of another version of this script")
+            raise ValueError("made by another script, or another version of this one")
         Settings(**made)
-
-        if settings is not None:
-            for name, value in dataclasses.asdict(settings).items():
-                if name not in FREE_TO_CHANGE and made[name] != value:
-                    raise ValueError(f"{name} is {made[name]}, not {value}")
-        if checksum is not None and state["checksum"] != checksum:
-            raise ValueError("it was trained on other pictures")
-        return state
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no {path}: train first, or say where it is (--out, --weights)"
+        ) from error
     except Exception as error:  # a damaged file can fail in any way
-        raise unusable(path, error) from error
+        reason = in_one_line(error)
+        raise UserError(f"can't use {path}: no sound checkpoint ({reason})") from error
+
+    if settings is not None:
+        for name, value in dataclasses.asdict(settings).items():
+            if name not in FREE_TO_CHANGE and made[name] != value:
+                raise other_run(path, f"{name} is {made[name]}, not {value}")
+    if checksum is not None and state["checksum"] != checksum:
+        raise other_run(path, "it was trained on other pictures")
+    return state
 
 
-def unusable(path, error):
-    """The ValueError that says in one line why a checkpoint can't be used, and what
-    helps."""
-    if isinstance(error, FileNotFoundError):
-        return ValueError(f"no {path}: train first, or say where it is (--out, --weights)")
-    reason = " ".join(str(error).split())[:80] or type(error).__name__
-    return ValueError(f"can't use {path} ({reason}): use its settings, or another --out")
+def other_run(path, reason):
+    """The UserError for a checkpoint of a run that is not the one asked for."""
+    return UserError(f"can't use {path} ({reason}): use its settings, or another --out")
+
+
+def in_one_line(error):
+    """What an error says, cut to one line."""
+    return " ".join(str(error).split())[:100] or type(error).__name__
+
 
 
 def restore(parts, state):
     """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises
     ValueError, with a readable message, where they don't fit."""
     for name, part in parts.items():
+        if name not in state:
+            raise UserError(f"the checkpoint has no {name}: exported weights can't be resumed")
         try:
             part.load_state_dict(state[name])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise unusable(f"the {name} of the checkpoint", error) from error
+            raise other_run(f"the {name} of the checkpoint", in_one_line(error)) from error
 
 
 def export(settings):
@@ -1577,17 +1615,20 @@ def export(settings):
     weights as fp16, class names, settings, and `about`, which says where it is from.
     Returns the path; raises ValueError or OSError, with a readable message."""
     if not settings.weights:
-        raise ValueError("export wants --weights FILE, the file to write")
+        raise UserError("export wants --weights FILE, the file to write")
     path = Path(settings.weights)
     source = settings.folder() / "checkpoint.pt"
-    if path.resolve() == source.resolve():
-        raise ValueError(f"--weights {path} is the checkpoint of the run itself")
+    if path.exists() and "log" in load_checkpoint(path):
+        # Only what was exported before is overwritten: no run, and no file of another kind.
+        raise UserError(
+            f"--weights {path}, the file to write, is a run: the run to export is named by --out"
+        )
     state = load_checkpoint(source)
     if "log" not in state:
-        raise ValueError(f"{source} is exported already")
+        raise UserError(f"{source} is exported already")
     newest = state["log"]["rows"][-1]
     if "val_acc" not in newest:  # Ctrl-C saves between validations too
-        raise ValueError(
+        raise UserError(
             f"{source}, step {state['step']:,}, has not been validated: resume the run first"
         )
 
@@ -1619,8 +1660,9 @@ def without_folders(command):
     says by itself, in a notebook, has none.)"""
     if not command.startswith("python "):
         return command
-    kept = []
-    words = iter(shlex.split(command))
+    python, script, *words = shlex.split(command)
+    kept = [python, Path(script).name]
+    words = iter(words)
     for word in words:
         flag, equals, value = word.partition("=")
         if flag not in ("--data", "--out"):
@@ -1697,7 +1739,7 @@ def choose_device(name="auto"):
     if name == "auto":
         name = [kind for kind, there in available.items() if there][0]
     if not available[name]:
-        raise ValueError(f"--device {name}: this machine, or this torch, has none")
+        raise UserError(f"--device {name}: this machine, or this torch, has none")
     return torch.device(name)
 
 
@@ -1774,7 +1816,7 @@ def make_folder(path):
 def check_batch_size(batch_size, count):
     """Raises ValueError if a batch is larger than the training set."""
     if batch_size > count:
-        raise ValueError(f"--batch-size {batch_size}: there are {count} training pictures")
+        raise UserError(f"--batch-size {batch_size}: there are {count} training pictures")
 
 
 def build_network(settings, classes, device="cpu"):
@@ -1825,7 +1867,7 @@ def compile_network(net, how, training, evaluation, precision):
             probe.eval()(evaluation)
         net.compile()
     except Exception as error:  # a compiler can fail in any way
-        print(f"going on without torch.compile: {type(error).__name__}: {str(error)[:200]}")
+        print(f"going on without torch.compile: {type(error).__name__}: {in_one_line(error)}")
 
 
 # --------------------------------------------------------------------------------------
@@ -1913,18 +1955,19 @@ def check_value(field, value):
     limits = field.metadata
     kinds = (int, float) if field.type is float else field.type
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f"{flag} {value!r} is not of type {field.type.__name__}")
+        raise UserError(f"{flag} {value!r} is not of type {field.type.__name__}")
     if limits["choices"] and value not in limits["choices"]:
-        raise ValueError(f"{flag} {value} is none of {', '.join(limits['choices'])}")
+        raise UserError(f"{flag} {value} is none of {', '.join(limits['choices'])}")
     if limits["low"] is not None:
         # Written so that nan fails as well.
         if not limits["low"] <= value <= limits["high"]:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {value} is not within {limits['low']} to {limits['high']}"
             )
 
 
-THIS_MACHINE = dict(device="auto", compile="auto", precision="auto")
+# What is not taken from a checkpoint, which may have been made on another machine.
+THIS_MACHINE = dict(device="auto", compile="auto", precision="auto", out="", weights="")
 
 
 def choose_settings(**given):
@@ -1958,7 +2001,7 @@ class Parser(argparse.ArgumentParser):
     process."""
 
     def error(self, message):
-        raise ValueError(f"{message} (--help lists all flags)")
+        raise UserError(f"{message} (--help lists all flags)")
 
 
 def parse(argv):
@@ -1967,6 +2010,7 @@ def parse(argv):
     parser = Parser(
         "classifier.py",
         description=__doc__.split("\n\n")[0],
+        epilog="With --data shapes or --recipe paper some defaults are others.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -1984,8 +2028,16 @@ def parse(argv):
     mode = given.pop("mode")
     pictures = given.pop("pictures", [])
     if (mode == "predict") != bool(pictures):
-        raise ValueError("predict, and no other mode, wants picture files after it")
+        raise UserError("predict, and no other mode, wants picture files after it")
     return mode, pictures, given
+
+
+def command_line(argv):
+    """The command that was typed, as one that can be typed again from the same folder."""
+    script = Path(__file__).resolve()
+    if script.parent == Path.cwd():
+        script = script.name
+    return shlex.join(["python", str(script), *argv])
 
 
 def run(argv):
@@ -1997,9 +2049,7 @@ def run(argv):
     if mode == "export":
         return export(choose_settings(**given))
     if mode == "train":
-        if given.get("weights"):
-            raise ValueError("training can't start from --weights, only anew or by resuming")
-        command = "python classifier.py " + shlex.join(argv)
+        command = command_line(argv)
         return train(choose_settings(**given), command)
 
     settings = checkpoint_settings(**given)
@@ -2019,7 +2069,7 @@ def main(argv=None):
     process."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError, AssertionError) as error:
+    except (UserError, OSError, AssertionError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         # CUDA, its libraries, Apple's GPUs and the CPU each say it in their own words.

@@ -81,6 +81,7 @@ import ctypes
 import dataclasses
 import datetime
 import hashlib
+import io
 import math
 import os
 import shlex
@@ -111,6 +112,11 @@ MAX_STEPS = 50_000  # [2.1] gradient updates at most, asserted in the training l
 
 SCHEDULES = ("cosine", "linear", "spliced")
 PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+
+
+class UserError(ValueError):
+    """What the user can put right, said in the text: `main` prints that alone, and no
+    traceback."""
 
 
 def setting(default, help, low=None, high=None, choices=None):
@@ -161,7 +167,7 @@ class Settings:
     timesteps: str = setting("sobol", "how t is drawn", choices=("sobol", "independent"))
 
     # The network.
-    width: int = setting(0, "channels at 32x32; 0: as many as the budget allows", 0, 4096)
+    width: int = setting(0, "channels at 32x32; 0: as many as the budget allows", 0, 512)
     after_injection: str = setting("regular", "after injections", choices=("regular", "separable"))
 
     # Beyond the paper, and on by default because it helped. Without it width 56 fits.
@@ -198,7 +204,10 @@ class Settings:
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
         if self.label_drop == 0 and self.guidance < 0:
-            raise ValueError("--guidance below 0 needs a --label-drop above 0")
+            raise UserError("--guidance below 0 needs a --label-drop above 0")
+        if self.width % 8 != 0:
+            raise UserError(f"--width {self.width} is not a multiple of 8")
+
 
     def folder(self):
         """The folder that a run with these settings writes to, as a Path."""
@@ -210,8 +219,9 @@ class Settings:
         return Path(self.weights or self.folder() / "checkpoint.pt")
 
 
-# These don't shape the trained network, so they may change when a run is resumed. (The
-# pictures themselves are compared by checksum, wherever they lie.)
+# These may change when a run is resumed: of what is learned they decide no more than
+# rounding and random numbers. (The pictures themselves are compared by checksum, wherever
+# they lie.)
 FREE_TO_CHANGE = (
     "data out weights device compile precision log_every eval_every grid_every recipe "
     "sample_schedule sample_steps eta guidance clip_x0 classes count sample_seed "
@@ -284,8 +294,8 @@ class ResidualBlock(nn.Module):
 
     `conv` is separable_conv or regular_conv. With `e_width`, an embedding (B,e_width)
     scales and shifts the channels after the second norm. (A separable convolution
-    follows. After its own, added embedding the paper found one harmful, see Injection;
-    here no such artefacts were seen.)
+    follows. The paper found one harmful where the embedding is added, see Injection; with
+    scale and shift we saw no such artefacts.)
     """
 
     def __init__(self, channels, conv, e_width=0):
@@ -300,8 +310,9 @@ class ResidualBlock(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.norm2(h)
         if self.modulate is not None:
+            # scale and shift, each (B,C,1,1)
             scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
-            h = h * (1 + scale) + shift  # each (B,C,1,1)
+            h = h * (1 + scale) + shift
         return x + self.conv2(F.silu(h))
 
 
@@ -524,7 +535,7 @@ def load_cifar(root):
     except Exception as error:  # no net, host down, disk full, pickle damaged: say what helps
         raise OSError(
             f"no {DATASET.__name__} in {root.resolve()}: {error}\n"
-            f"  Delete what is damaged, and get {DATASET.url}\n"
+            f"  Delete what is damaged, if anything is there, and get {DATASET.url}\n"
             f"  into that folder (md5 {DATASET.tgz_md5});\n"
             "  or do without a download: --data shapes"
         ) from error
@@ -807,6 +818,8 @@ def train(settings, command="train(settings), with the same settings"):
     loss is no longer finite; AssertionError if a budget is exceeded; Stopped after a
     signal, when all is saved. `command` is printed then, as what resumes the run.
     """
+    if settings.weights:
+        raise UserError("training can't start from --weights, only anew or by resuming")
     device, precision, out = set_up(settings)
     data = load_data(settings.data, device)
     check_batch_size(settings.batch_size, len(data.train_y))
@@ -821,7 +834,7 @@ def train(settings, command="train(settings), with the same settings"):
     ema_net = copy.deepcopy(net).eval().requires_grad_(False)
     examples = [
         network_example(data.test_x, data.test_y, EVAL_BATCH),
-        sampler_example(ema_net, settings.sample_batch),
+        sampler_example(ema_net, settings),
     ]
     compile_network(ema_net, settings.compile, examples, precision)
 
@@ -958,7 +971,8 @@ def train(settings, command="train(settings), with the same settings"):
                     schedule, label_drop = settings.schedule, settings.label_drop
                     scores = validate(ema_net, data, schedule, precision, label_drop)
                     log.add_scores(scores)
-                log.show(validating)
+                log.show(validating or drawing)
+
                 if validating or stopping:
                     progress = dict(
                         step=step,
@@ -1121,14 +1135,16 @@ def ddim_sample(model, x_t, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.
         if i + 1 == len(log_snrs):
             break
 
-        # And which noise? Not split's, as clipping has changed the picture: both must
-        # still make up x_t.
+        # And which noise? Not the one that split gives too: the picture has been clipped
+        # since, and picture and noise must still add up to x_t.
         pred_noise = (x_t - alpha * pred_x0) / sigma
 
-        # Of the next noise, this much variance is fresh. With eta = 1 the step is DDPM's
-        # posterior: its mean given pred_x0, and the smaller of the two variances that
-        # [11] tries (our choice). beta is DDPM's beta_t: the share of noise that comes in
-        # when a picture goes from the next level, which is cleaner, to this one.
+        # Of the next level's variance, next_sigma², a part is fresh noise:
+        #     eta² * next_sigma² / sigma² * beta
+        # and the rest is the noise just found. With eta = 1 that is DDPM's posterior: its
+        # mean given pred_x0, and the smaller of the two variances that [11] tries (our
+        # choice). beta is DDPM's beta_t, the variance that comes in when a picture goes
+        # from the next level, which is cleaner, to this one.
         next_alpha = alphas[i + 1]
         next_sigma = sigmas[i + 1]
         beta = 1 - (alpha / next_alpha) ** 2
@@ -1145,12 +1161,19 @@ def ddim_sample(model, x_t, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.
 NOISE_CHUNK = 50  # samples that share a generator of noise
 
 
+def whole_chunks(batch):
+    """A number of samples, rounded up to a multiple of 50."""
+    return math.ceil(batch / NOISE_CHUNK) * NOISE_CHUNK
+
+
+
 class SampleNoise:
     """Noise for samples number `first` to `first + count`; each call gives
     (count,3,32,32).
 
-    50 in a row share a generator, whose seed comes from `seed` and their number. So the
-    noise is the same whatever the batch; `first` is a multiple of 50.
+    Each block of 50 samples has a generator of its own, with a seed from `seed` and the
+    number of the block. So the noise is the same whatever the batch; `first` is a
+    multiple of 50.
     """
 
     def __init__(self, seed, first, count, device):
@@ -1197,7 +1220,7 @@ def generate(
     device = labels.device
     t = torch.linspace(1, 0, steps + 1)[:-1]
     log_snrs = to_log_snr(t, schedule)  # (steps,), from pure noise; t = 0 needs no call
-    batch = math.ceil(batch / NOISE_CHUNK) * NOISE_CHUNK
+    batch = whole_chunks(batch)
 
     pictures = []
     for first in range(0, len(labels), batch):
@@ -1250,6 +1273,7 @@ def interpolate(net, ends, labels, count=10, **options):
     share = torch.linspace(0, 1, count, device=ends.device).repeat(pairs)  # (P*count,)
 
     def between(both):
+        # (2,P,...) -> the left and the right end for each picture: (P*count,...)
         left, right = both.repeat_interleave(count, dim=1)
         return slerp(left, right, share)
 
@@ -1411,7 +1435,8 @@ class Progress:
 
     def __call__(self, done, count):
         speed = done / (time.perf_counter() - self.start)
-        end = "\r" if done < count else "\n"
+        in_place = sys.stdout.isatty() and done < count
+        end = "\r" if in_place else "\n"
         print(f"sampled {done:,} of {count:,}, {speed:,.1f} per second", end=end, flush=True)
 
 
@@ -1445,14 +1470,15 @@ def find_classes(words, names):
     a sentence, for a word that is neither a name nor a number of a class."""
     numbers = []
     for word in words.split(","):
-        word = word.strip()
+        word = word.strip().lower()
         if word in names:
             numbers.append(names.index(word))
         elif word.isdecimal() and int(word) < len(names):
             numbers.append(int(word))
         elif word:
-            raise ValueError(
-                f"--classes {word}: not one of the {len(names)}, such as {names[0]}"
+            raise UserError(
+                f"--classes {word}: no number from 0 to {len(names) - 1}, and none of "
+                + ", ".join(names)
             )
     return numbers
 
@@ -1538,26 +1564,34 @@ def neighbours_mode(settings, net, names, data, shown=16, k=4):
     return medians
 
 
-def fid_mode(settings, net, names, data):
+def fid_mode(settings, net, data):
     """FID [2.4]: `fid_count` samples, classes as in the test set, against all test
     pictures. The paper names no protocol; this is clean-fid's, our choice.
 
     Prints it with the result, and the floor: as many training pictures against the test
-    pictures. Returns FID. Raises OSError where its network can't be had; by then the
-    samples are on disk.
+    pictures. Returns FID. Raises OSError where its network can't be had: that is printed
+    before anything is drawn, and raised when the samples are on disk.
     """
     device = next(net.parameters()).device
     out = settings.folder()
     count = settings.fid_count
     options = sampling_options(settings, device)
-    labels = data.test_y[torch.arange(count, device=device) % len(data.test_y)]
-    x = generate(net, labels, **options)
     samples_path = out / "fid-samples.npz"
-    save_samples(samples_path, x, labels)
+
+    # Without the network there is no FID, but other programs can measure the samples.
+    network = missing = None
     try:
         network = load_inception(settings.inception).to(device)
     except OSError as error:
-        raise OSError(f"{error}. The samples are kept in {samples_path}") from error
+        missing = error
+        print(f"{missing}\nThe samples are drawn all the same (Ctrl-C ends it)")
+
+    labels = data.test_y[torch.arange(count, device=device) % len(data.test_y)]
+    x = generate(net, labels, **options)
+    save_samples(samples_path, x, labels)
+    if missing:
+        raise OSError(f"{missing}. The samples are kept in {samples_path}")
+
 
     # The test pictures' statistics and the floor are the same each time: keep them.
     reference_path = out / f"fid-reference-{count}-{data.checksum}.pt"
@@ -1608,7 +1642,7 @@ def show_results(settings, net, data, step):
         print("FID is left to the mode fid: training adds it on CUDA alone, not for shapes")
         return
     try:
-        fid_mode(settings, net, data.names, data)
+        fid_mode(settings, net, data)
     except (OSError, RuntimeError) as error:  # all else is done: no reason for a traceback
         print(f"no FID: {error}")
 
@@ -1624,7 +1658,7 @@ def open_network(settings, count, checksum=None):
 
     # Compiling takes long, too long for a few samples (our choice).
     if settings.compile == "on" or count >= 2000:
-        examples = [sampler_example(net, settings.sample_batch)]
+        examples = [sampler_example(net, settings)]
         compile_network(net, settings.compile, examples, precision)
     return net, state["names"]
 
@@ -1677,7 +1711,7 @@ class TrainingLog:
         ValueError if the loss or a weight is not finite."""
         total = self.loss + sum(p.detach().sum() for p in net.parameters())
         if not torch.isfinite(total):
-            raise ValueError(
+            raise UserError(
                 f"the loss is not finite at step {step:,}: try another --out with "
                 "a lower --max-lr; the last good checkpoint, if any, is kept"
             )
@@ -1696,10 +1730,11 @@ class TrainingLog:
         """Print the newest row; on a terminal in place, unless it is to be kept."""
         row = self.rows[-1]
         pictures = (self.steps - row["step"]) * self.batch_size
-        left = datetime.timedelta(seconds=int(pictures / row["images_per_s"]))
+        left = int(pictures / row["images_per_s"])  # seconds
         line = (
             f"step {row['step']:6,}/{self.steps:,}  loss {row['loss']:.4f}  "
-            f"lr {row['lr']:.2e}  {row['images_per_s']:7,.0f} images/s  left {left}"
+            f"lr {row['lr']:.2e}  {row['images_per_s']:7,.0f} images/s  "
+            f"left {left // 3600:2}:{left // 60 % 60:02}:{left % 60:02}"
         )
         if "val_loss" in row:
             bins = " ".join(f"{row[f'bin{i}']:.3f}" for i in range(5))
@@ -1714,10 +1749,12 @@ class TrainingLog:
         curves = dict(train=self.curve("loss"), validation=self.curve("val_loss"))
 
         # The first losses, 0.65 where the network still says zero, would flatten all that
-        # follows. So the axis reaches 0.1 up from just below the least one.
+        # follows. So the axis reaches 0.1 up from just below the least one, or as far as
+        # the newest ones need.
         least = min(value for points in curves.values() for _, value in points)
+        newest = max(points[-1][1] for points in curves.values() if points)
         low = 0.02 * math.floor(least / 0.02)
-        high = low + 0.1
+        high = max(low + 0.1, 0.02 * math.ceil(newest / 0.02 + 1))
         for name, points in curves.items():
             curves[name] = [(step, value) for step, value in points if value < high]
 
@@ -1790,7 +1827,9 @@ def plot(path, curves, title, x_axis, y_axis):
     height = 130
     for (name, points), colour in zip(curves.items(), ("#d1495b", "#00798c", "#7a5195")):
         if points:
-            pen.line([place(x, y) for x, y in points], colour, 5, "curve")
+            places = [place(x, y) for x, y in points]
+            pen.line(places, colour, 5, "curve")
+            pen.circle(places[-1], 6, colour)  # a single point has no line
         pen.text((1370, height), name, colour, font, "rm")
         height += 45
 
@@ -1821,10 +1860,16 @@ def save_checkpoint(path, settings, data, parts, progress):
 
 def save_whole(state, path):
     """torch.save, first beside `path`, then renamed: so it is always a whole file, the
-    old or the new one."""
+    old or the new one. Raises OSError, with a readable message."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # not into the file: what it says of a full disk is no OSError
     beside = path.with_suffix(".tmp")
-    torch.save(state, beside)
-    os.replace(beside, path)
+    try:
+        beside.write_bytes(buffer.getbuffer())
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(f"{path} can't be written ({error.strerror})") from error
 
 
 def load_checkpoint(path, settings=None, checksum=None):
@@ -1845,40 +1890,49 @@ def load_checkpoint(path, settings=None, checksum=None):
         state = torch.load(path, map_location="cpu", weights_only=True)
         made = state["settings"]
         if list(made) != [field.name for field in dataclasses.fields(Settings)]:
-            raise ValueError("of another version of this script")
+            raise ValueError("made by another script, or another version of this one")
         Settings(**made)
-
-        if settings is not None:
-            for name, value in dataclasses.asdict(settings).items():
-                if name not in FREE_TO_CHANGE and made[name] != value:
-                    hint = ""
-                    if name in ("steps", "seed", "schedule"):
-                        hint = f"; of sampling it is --sample-{name}"
-                    raise ValueError(f"{name} is {made[name]}, not {value}{hint}")
-        if checksum is not None and state["checksum"] != checksum:
-            raise ValueError("it was trained on other pictures")
-        return state
+    except FileNotFoundError as error:
+        raise UserError(
+            f"no {path}: train first, or say where it is (--out, --weights)"
+        ) from error
     except Exception as error:  # a damaged file can fail in any way
-        raise unusable(path, error) from error
+        reason = in_one_line(error)
+        raise UserError(f"can't use {path}: no sound checkpoint ({reason})") from error
+
+    if settings is not None:
+        for name, value in dataclasses.asdict(settings).items():
+            if name not in FREE_TO_CHANGE and made[name] != value:
+                hint = ""
+                if name in ("steps", "seed", "schedule"):
+                    hint = f"; of sampling it is --sample-{name}"
+                raise other_run(path, f"{name} is {made[name]}, not {value}{hint}")
+    if checksum is not None and state["checksum"] != checksum:
+        raise other_run(path, "it was trained on other pictures")
+    return state
 
 
-def unusable(path, error):
-    """The ValueError that says in one line why a checkpoint can't be used, and what
-    helps."""
-    if isinstance(error, FileNotFoundError):
-        return ValueError(f"no {path}: train first, or say where it is (--out, --weights)")
-    reason = " ".join(str(error).split())[:80] or type(error).__name__
-    return ValueError(f"can't use {path} ({reason}): use its settings, or another --out")
+def other_run(path, reason):
+    """The UserError for a checkpoint of a run that is not the one asked for."""
+    return UserError(f"can't use {path} ({reason}): use its settings, or another --out")
+
+
+def in_one_line(error):
+    """What an error says, cut to one line."""
+    return " ".join(str(error).split())[:100] or type(error).__name__
+
 
 
 def restore(parts, state):
     """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises
     ValueError, with a readable message, where they don't fit."""
     for name, part in parts.items():
+        if name not in state:
+            raise UserError(f"the checkpoint has no {name}: exported weights can't be resumed")
         try:
             part.load_state_dict(state[name])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise unusable(f"the {name} of the checkpoint", error) from error
+            raise other_run(f"the {name} of the checkpoint", in_one_line(error)) from error
 
 
 def export(settings):
@@ -1887,17 +1941,20 @@ def export(settings):
     it is from. Returns the path; raises ValueError or OSError, with a readable message.
     """
     if not settings.weights:
-        raise ValueError("export wants --weights FILE, the file to write")
+        raise UserError("export wants --weights FILE, the file to write")
     path = Path(settings.weights)
     source = settings.folder() / "checkpoint.pt"
-    if path.resolve() == source.resolve():
-        raise ValueError(f"--weights {path} is the checkpoint of the run itself")
+    if path.exists() and "log" in load_checkpoint(path):
+        # Only what was exported before is overwritten: no run, and no file of another kind.
+        raise UserError(
+            f"--weights {path}, the file to write, is a run: the run to export is named by --out"
+        )
     state = load_checkpoint(source)
     if "log" not in state:
-        raise ValueError(f"{source} is exported already")
+        raise UserError(f"{source} is exported already")
     newest = state["log"]["rows"][-1]
     if "val_loss" not in newest:  # Ctrl-C saves between validations too
-        raise ValueError(
+        raise UserError(
             f"{source}, step {state['step']:,}, has not been validated: resume the run first"
         )
 
@@ -1924,8 +1981,9 @@ def without_folders(command):
     says by itself, in a notebook, has none.)"""
     if not command.startswith("python "):
         return command
-    kept = []
-    words = iter(shlex.split(command))
+    python, script, *words = shlex.split(command)
+    kept = [python, Path(script).name]
+    words = iter(words)
     for word in words:
         flag, equals, value = word.partition("=")
         if flag not in ("--data", "--out", "--inception"):
@@ -2002,7 +2060,7 @@ def choose_device(name="auto"):
     if name == "auto":
         name = [kind for kind, there in available.items() if there][0]
     if not available[name]:
-        raise ValueError(f"--device {name}: this machine, or this torch, has none")
+        raise UserError(f"--device {name}: this machine, or this torch, has none")
     return torch.device(name)
 
 
@@ -2079,7 +2137,7 @@ def make_folder(path):
 def check_batch_size(batch_size, count):
     """Raises ValueError if a batch is larger than the training set."""
     if batch_size > count:
-        raise ValueError(f"--batch-size {batch_size}: there are {count} training pictures")
+        raise UserError(f"--batch-size {batch_size}: there are {count} training pictures")
 
 
 def build_network(settings, classes, device="cpu"):
@@ -2112,17 +2170,21 @@ def network_example(x, y, batch):
     """Arguments like those with which training and validation call the network: torch
     compiles for their shapes and types, whatever their values."""
     x = to_model(x[:batch])
-    y = y[:batch].clone()  # as a part of a larger tensor it would be another kind to torch
+    y = y[:batch].clone()  # not a view: for torch.compile that would be another kind of input
     return x, torch.zeros(len(y), device=y.device), y
 
 
-def sampler_example(net, batch):
-    """Arguments like those with which guided_velocity calls `net` for `batch`
+def sampler_example(net, settings):
+    """Arguments like those with which guided_velocity calls `net` for a full batch of
     samples."""
     device = next(net.parameters()).device
-    x = torch.zeros(2 * batch, 3, 32, 32, device=device)
-    log_snr = torch.zeros(2 * batch, device=device)
-    classes = torch.zeros(2 * batch, dtype=torch.int64, device=device)
+    options = sampling_options(settings, device)
+    rows = whole_chunks(options["batch"])
+    if options["guidance"] != 0:
+        rows *= 2
+    x = torch.zeros(rows, 3, 32, 32, device=device)
+    log_snr = torch.zeros(rows, device=device)
+    classes = torch.zeros(rows, dtype=torch.int64, device=device)
     with torch.no_grad():
         embeddings = net.embed(classes)
     return x, log_snr, embeddings
@@ -2132,10 +2194,11 @@ def compile_network(net, how, examples, precision):
     """torch.compile `net` in place, so that its weights keep their names, if `how` asks
     for it.
 
-    Where torch.compile fails, it fails at the first call. So a copy goes first, forward
-    and, if its weights are trained, backward, with each of the `examples`, which are
-    arguments like those to come; what is compiled then serves the network itself. If
-    the copy fails, one line says so and all goes on without.
+    Where compiling fails, it fails at the first call. So a copy goes first, forward and,
+    if its weights are trained, backward, with each of the `examples`, which are arguments
+    like those to come. If the copy fails, one line says so and all goes on without. What
+    was compiled for it serves `net` too, as torch keeps that by class and by the kind of
+    input. (CUDA graphs are recorded at the second call with an input, so by `net`.)
     """
     device = next(net.parameters()).device
     if how == "off" or (how == "auto" and device.type != "cuda"):
@@ -2146,7 +2209,7 @@ def compile_network(net, how, examples, precision):
     # launched. So on CUDA the launches of a call are recorded once, as a CUDA graph, and
     # then played back as a whole: on an H200 a step of 256 takes 10.1 ms instead of 21.6
     # ms, and its kernels alone 9.7 ms. What a call returns is overwritten by the next
-    # call: whoever needs it longer must copy it.
+    # call; training, validation and sampler have computed new tensors from it by then.
     mode = "reduce-overhead" if device.type == "cuda" else "default"
     try:
         probe = copy.deepcopy(net)
@@ -2158,7 +2221,7 @@ def compile_network(net, how, examples, precision):
                 v.sum().backward()
         net.compile(mode=mode)
     except Exception as error:  # a compiler can fail in any way
-        print(f"going on without torch.compile: {type(error).__name__}: {str(error)[:200]}")
+        print(f"going on without torch.compile: {type(error).__name__}: {in_one_line(error)}")
 
 
 # --------------------------------------------------------------------------------------
@@ -2246,18 +2309,19 @@ def check_value(field, value):
     limits = field.metadata
     kinds = (int, float) if field.type is float else field.type
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f"{flag} {value!r} is not of type {field.type.__name__}")
+        raise UserError(f"{flag} {value!r} is not of type {field.type.__name__}")
     if limits["choices"] and value not in limits["choices"]:
-        raise ValueError(f"{flag} {value} is none of {', '.join(limits['choices'])}")
+        raise UserError(f"{flag} {value} is none of {', '.join(limits['choices'])}")
     if limits["low"] is not None:
         # Written so that nan fails as well.
         if not limits["low"] <= value <= limits["high"]:
-            raise ValueError(
+            raise UserError(
                 f"{flag} {value} is not within {limits['low']} to {limits['high']}"
             )
 
 
-THIS_MACHINE = dict(device="auto", compile="auto", precision="auto")
+# What is not taken from a checkpoint, which may have been made on another machine.
+THIS_MACHINE = dict(device="auto", compile="auto", precision="auto", out="", weights="")
 
 
 def choose_settings(**given):
@@ -2292,7 +2356,7 @@ class Parser(argparse.ArgumentParser):
     process."""
 
     def error(self, message):
-        raise ValueError(f"{message} (--help lists all flags)")
+        raise UserError(f"{message} (--help lists all flags)")
 
 
 def parse(argv):
@@ -2301,6 +2365,7 @@ def parse(argv):
     parser = Parser(
         "diffusion.py",
         description=__doc__.split("\n\n")[0],
+        epilog="With --data shapes or --recipe paper some defaults are others.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
@@ -2318,6 +2383,14 @@ def parse(argv):
     return mode, given
 
 
+def command_line(argv):
+    """The command that was typed, as one that can be typed again from the same folder."""
+    script = Path(__file__).resolve()
+    if script.parent == Path.cwd():
+        script = script.name
+    return shlex.join(["python", str(script), *argv])
+
+
 def run(argv):
     """What `python diffusion.py ARGV` does; returns the mode's result. Raises what the
     mode raises."""
@@ -2325,9 +2398,7 @@ def run(argv):
     if mode == "export":
         return export(choose_settings(**given))
     if mode == "train":
-        if given.get("weights"):
-            raise ValueError("training can't start from --weights, only anew or by resuming")
-        command = "python diffusion.py " + shlex.join(argv)
+        command = command_line(argv)
         return train(choose_settings(**given), command)
     if mode == "schedules":
         return schedules_mode(choose_settings(**given))
@@ -2341,12 +2412,13 @@ def run(argv):
         return interpolate_mode(settings, *open_network(settings, count))
 
     # Neighbours and FID compare with real pictures, those that the network learned from.
+    make_folder(settings.folder())  # better to fail now than after a download
     data = load_data(settings.data, choose_device(settings.device))
     count = settings.fid_count if mode == "fid" else settings.count
     net, names = open_network(settings, count, data.checksum)
     if mode == "neighbours":
         return neighbours_mode(settings, net, names, data)
-    return fid_mode(settings, net, names, data)
+    return fid_mode(settings, net, data)
 
 
 LESS_MEMORY = (
@@ -2360,7 +2432,7 @@ def main(argv=None):
     process."""
     try:
         return run(sys.argv[1:] if argv is None else argv)
-    except (ValueError, OSError, AssertionError) as error:
+    except (UserError, OSError, AssertionError) as error:
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         # CUDA, its libraries, Apple's GPUs and the CPU each say it in their own words.

@@ -1423,11 +1423,38 @@ def test_loss_picture():
             dict(step=30, loss=0.118, lr=1e-3),
         ]
         log.write_files()
-
     path, curves, _, _, axis = calls[0]
     assert path.name == "loss.png"
     assert curves == dict(train=[(20, 0.19), (30, 0.118)], validation=[(20, 0.1159)])
     assert math.isclose(axis.low, 0.1) and math.isclose(axis.high, 0.2)
+
+    # Early, when all losses are far above the validation's, the newest are still in it.
+    with small_run(diffusion) as (monkey, out):
+        monkey(diffusion, "plot", lambda *args: calls.append(args))
+        log.out = out
+        log.rows = [
+            dict(step=10, loss=0.6, lr=1e-3),
+            dict(step=20, loss=0.41, lr=1e-3, val_loss=0.2859),
+        ]
+        log.write_files()
+    _, curves, _, _, axis = calls[1]
+    assert curves == dict(train=[(20, 0.41)], validation=[(20, 0.2859)])
+    assert axis.low < 0.2859 < 0.41 < axis.high < 0.5
+
+
+def test_plot_of_one_point():
+    """A curve that has one point so far is seen, as a dot in its colour."""
+    for module in MODULES:
+        with tempfile.TemporaryDirectory() as out:
+            path = Path(out) / "plot.png"
+            axes = module.Axis("x", 0, 10), module.Axis("y", 0, 10)
+            dots = []
+            for points in ([], [(5, 5)]):
+                module.plot(path, dict(a=points), "title", *axes)
+                pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+                red = abs(pixels - (209, 73, 91)).max(axis=2) < 30
+                dots.append(red.sum())
+        assert dots[1] > dots[0] + 10
 
 
 def test_second_signal():
@@ -1570,7 +1597,7 @@ def test_exported_classifier():
         path = check_export(classifier, out, "net")
         own = ["export", "--data", "shapes", "--out", out]
         message = refused(classifier, *own, "--weights", out / "checkpoint.pt")
-        assert "the run itself" in message
+        assert "is a run" in message
         here = ["--weights", path, "--out", out / "other"]
         result, _ = run(classifier, "eval", *here)
         pattern = r"val acc: ([0-9.]+)"
@@ -1613,6 +1640,9 @@ def test_exported_classifier():
         Image.fromarray(ramp).save(out / "deep.png")
         eight_bits = torch.from_numpy((ramp // 256).astype(np.uint8))
         assert (classifier.open_picture(out / "deep.png")[0] == eight_bits).all()
+        other_end = Image.frombytes("I;16B", (32, 32), ramp.astype(">u2").tobytes())
+        other_end.save(out / "deep.tif")
+        assert (classifier.open_picture(out / "deep.tif")[0] == eight_bits).all()
         whole = small.read_bytes()
         start = whole.index(b"IDAT")
         (out / "part.png").write_bytes(whole[: start + 20])
@@ -1686,8 +1716,23 @@ def test_exported_diffusion():
         path = check_export(diffusion, out, "ema")
         own = ["export", "--data", "shapes", "--out", out]
         assert "--weights FILE" in refused(diffusion, *own)
-        message = refused(diffusion, *own, "--weights", out / "checkpoint.pt")
-        assert "the run itself" in message
+
+        # It overwrites no run, whether its own or another, and no file of another kind.
+        checkpoint = (out / "checkpoint.pt").read_bytes()
+        other = out / "other.pt"
+        for contents in (checkpoint, b"my notes"):
+            other.write_bytes(contents)
+            assert "other.pt" in refused(diffusion, *own, "--weights", other)
+            assert other.read_bytes() == contents
+        assert "is a run" in refused(diffusion, *own, "--weights", out / "checkpoint.pt")
+        assert (out / "checkpoint.pt").read_bytes() == checkpoint
+        assert "can't use" in refused(diffusion, *own, "--weights", out)
+
+        # Exported weights are no run to go on from.
+        (out / "copy").mkdir()
+        shutil.copy(path, out / "copy" / "checkpoint.pt")
+        flags = [*SMALL, "--steps", 3, "--out", out / "copy"]
+        assert "exported weights can't be resumed" in refused(diffusion, *flags)
 
         # A run whose last weights were never measured has nothing to say.
         state = load_state(out)
@@ -1923,15 +1968,18 @@ def test_checkpoints_run_no_code():
 
 
 def test_another_machine():
-    """Device, compiling and precision are this machine's, not those of the machine that
-    made the checkpoint."""
+    """Device, compiling, precision and folders are this machine's, not those of the
+    machine that made the checkpoint."""
     for module in MODULES:
         with tempfile.TemporaryDirectory() as out:
             there = dict(device="cuda", compile="on", precision="bf16")
+            there.update(out="/home/alice/run", weights="/home/alice/small.pt")
             settings = vars(module.Settings(**there, width=8))
             torch.save(dict(settings=settings), Path(out) / "checkpoint.pt")
             here = module.checkpoint_settings(out=out)
         assert here.width == 8
+        assert here.out == out
+        assert here.weights == ""
         assert (here.device, here.compile, here.precision) == ("auto",) * 3
 
 
@@ -1943,6 +1991,56 @@ def test_no_cudnn_attention():
             with contextlib.redirect_stdout(io.StringIO()):
                 module.set_up(module.Settings(out=out))
             assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_full_disk():
+    """Where a checkpoint can't be written, one line says so; the old one stays, and no
+    part of the new one."""
+    def full(path, contents):
+        with open(path, "wb") as file:
+            file.write(contents[:10])
+        raise OSError(28, "No space left on device")
+
+    for module in MODULES:
+        with patched() as monkey, tempfile.TemporaryDirectory() as out:
+            path = Path(out) / "checkpoint.pt"
+            module.save_whole(dict(step=1), path)
+            monkey(Path, "write_bytes", full)
+            error = raised(OSError, module.save_whole, dict(step=2), path)
+            assert "checkpoint.pt can't be written (No space left" in str(error)
+            assert load_state(out) == dict(step=1)
+            assert [file.name for file in Path(out).iterdir()] == ["checkpoint.pt"]
+
+
+def test_progress_line():
+    """The time left is hours, minutes and seconds, of the same width for days too."""
+    for module in MODULES:
+        log = module.TrainingLog(Path("none"), 1000, 10, torch.device("cpu"))
+        for speed, left in [(0.1, "27:45:00"), (1000.0, " 0:00:09")]:
+            log.rows = [dict(step=1, loss=1.0, lr=1e-3, images_per_s=speed)]
+            text = io.StringIO()
+            with contextlib.redirect_stdout(text):
+                log.show(True)
+            assert text.getvalue().endswith(f"left {left}\n")
+
+
+def test_command_line():
+    """What resumes a run is a command that works in the folder where it was typed, and
+    what an export says of it names no folder."""
+    here = os.getcwd()
+    for module in MODULES:
+        script = Path(module.__file__).resolve()
+        try:
+            os.chdir(script.parent)
+            assert module.command_line(["--seed", "1"]) == f"python {script.name} --seed 1"
+            with tempfile.TemporaryDirectory() as elsewhere:
+                os.chdir(elsewhere)
+                command = module.command_line(["--out", "my runs", "--seed", "1"])
+                os.chdir(here)
+        finally:
+            os.chdir(here)
+        assert shlex.split(command) == ["python", str(script), "--out", "my runs", "--seed", "1"]
+        assert module.without_folders(command) == f"python {script.name} --seed 1"
 
 
 def test_errors_are_exceptions():
@@ -1973,7 +2071,27 @@ def test_errors_are_exceptions():
             raised(ValueError, module.train, large)
             wide = module.choose_settings(**given, width=104)
             raised(AssertionError, module.train, wide)
+            with_weights = module.choose_settings(**given, weights="small.pt")
+            raised(ValueError, module.train, with_weights)
             raised(ValueError, module.load_checkpoint, out / "none.pt")
+
+
+def test_mistakes_in_code_are_traced():
+    """What is wrong in a command is one line; a mistake in the code, such as a reader
+    makes who changes a layer, keeps its traceback."""
+    cases = [(classifier, "Classifier", TINY), (diffusion, "UNet", SMALL)]
+    for module, network, flags in cases:
+        with small_run(module) as (monkey, out):
+            monkey(getattr(module, network), "forward", unpacks_wrongly)
+            flags = [*flags, "--steps", 1, "--out", out]
+            error = raised(ValueError, run, module, *flags)
+            assert error.__traceback__ is not None
+            assert "unpack" in str(error)
+
+
+def unpacks_wrongly(net, *inputs):
+    """A forward method with a mistake."""
+    a, b = 1, 2, 3
 
 
 # --------------------------------------------------------------------------------------
@@ -3086,6 +3204,16 @@ def check_fid_mode(monkey, out):
     assert "wrong SHA-256" in refused(diffusion, "fid", *flags, "--inception", out / "junk.pt")
     kept = np.load(out / "fid-samples.npz")
     assert kept["samples"].shape == (30, 32, 32, 3)
+
+    # It is said before anything is drawn.
+    generate = diffusion.generate
+    monkey(diffusion, "generate", stopped_by_hand)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        diffusion.main(["fid", "--data", "shapes", "--out", str(out)])
+    assert "the FID network can't be had" in text.getvalue()
+    monkey(diffusion, "generate", generate)
+
     data = diffusion.load_data("shapes")
     assert kept["labels"].tolist() == data.test_y[:30].tolist()
 
@@ -3119,6 +3247,11 @@ def check_fid_mode(monkey, out):
     kept, _ = run(diffusion, "fid", *flags)
     assert abs(kept / result - 1) < 1e-3
     assert counts == [30]
+
+
+def stopped_by_hand(*args, **kwargs):
+    """In place of a function: Ctrl-C while it runs."""
+    raise KeyboardInterrupt
 
 
 def test_signal_while_drawing():
@@ -3684,6 +3817,25 @@ def test_compilations():
             run(module, *flags, "--eval-every", 3, "--out", out)
         assert graphs == expected
     torch._dynamo.reset()
+
+
+def test_sampler_example():
+    """What the sampler's network is compiled for is what generate calls it with, for a
+    batch that is no multiple of 50 too, and without guidance."""
+    for guidance in (0.0, 2.0):
+        given = dict(data="shapes", width=8, guidance=guidance, sample_batch=64)
+        settings = diffusion.choose_settings(**given)
+        net = diffusion.build_network(settings, 100)
+        shapes = []
+        net.register_forward_pre_hook(
+            lambda net, inputs: shapes.append([x.shape for x in inputs])
+        )
+
+        options = diffusion.sampling_options(settings, torch.device("cpu"))
+        options.update(steps=1, progress=None)
+        diffusion.generate(net, torch.zeros(130, dtype=torch.int64), **options)
+        example = diffusion.sampler_example(net, settings)
+        assert [x.shape for x in example] == shapes[0]
 
 
 def test_cuda_graphs():
