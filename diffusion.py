@@ -1440,15 +1440,19 @@ class Progress:
         print(f"sampled {done:,} of {count:,}, {speed:,.1f} per second", end=end, flush=True)
 
 
-def sampling_options(settings, device):
-    """What generate takes from the settings, as keywords."""
+def possible_guidance(settings):
+    """The w of Eq. (4) that the settings ask for, if training allows it."""
     # Where no label was ever dropped, the embedding of "no class" was never trained, and
     # where all were, those of the classes weren't. Sampling must do without them.
-    guidance = settings.guidance
     if settings.label_drop == 0:
-        guidance = 0.0
-    elif settings.label_drop == 1:
-        guidance = -1.0
+        return 0.0
+    if settings.label_drop == 1:
+        return -1.0
+    return settings.guidance
+
+
+def sampling_options(settings, device):
+    """What generate takes from the settings, as keywords."""
     schedule = settings.sample_schedule
     if schedule == "same":
         schedule = settings.schedule
@@ -1457,7 +1461,7 @@ def sampling_options(settings, device):
         schedule=schedule,
         steps=settings.sample_steps,
         eta=settings.eta,
-        guidance=guidance,
+        guidance=possible_guidance(settings),
         clip=settings.clip_x0,
         batch=settings.sample_batch,
         precision=choose_precision(device, settings.precision)[0],
@@ -2178,10 +2182,10 @@ def sampler_example(net, settings):
     """Arguments like those with which guided_velocity calls `net` for a full batch of
     samples."""
     device = next(net.parameters()).device
-    options = sampling_options(settings, device)
-    rows = whole_chunks(options["batch"])
-    if options["guidance"] != 0:
+    rows = whole_chunks(settings.sample_batch)
+    if possible_guidance(settings) != 0:  # both halves of Eq. (4)
         rows *= 2
+
     x = torch.zeros(rows, 3, 32, 32, device=device)
     log_snr = torch.zeros(rows, device=device)
     classes = torch.zeros(rows, dtype=torch.int64, device=device)
