@@ -1599,7 +1599,6 @@ def in_one_line(error):
     return " ".join(str(error).split())[:100] or type(error).__name__
 
 
-
 def restore(parts, state):
     """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises
     ValueError, with a readable message, where they don't fit."""
@@ -1620,8 +1619,9 @@ def export(settings):
         raise UserError("export wants --weights FILE, the file to write")
     path = Path(settings.weights)
     source = settings.folder() / "checkpoint.pt"
+
+    # Only what was exported before is overwritten: no run, and no file of another kind.
     if path.exists() and "log" in load_checkpoint(path):
-        # Only what was exported before is overwritten: no run, and no file of another kind.
         raise UserError(
             f"--weights {path}, the file to write, is a run: the run to export is named by --out"
         )

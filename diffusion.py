@@ -207,7 +207,6 @@ class Settings:
         if self.width % 8 != 0:
             raise UserError(f"--width {self.width} is not a multiple of 8")
 
-
     def folder(self):
         """The folder that a run with these settings writes to, as a Path."""
         name = "shapes" if self.data == "shapes" else DATASET.__name__.lower()
@@ -971,7 +970,6 @@ def train(settings, command="train(settings), with the same settings"):
                     scores = validate(ema_net, data, schedule, precision, label_drop)
                     log.add_scores(scores)
                 log.show(validating or drawing)
-
                 if validating or stopping:
                     progress = dict(
                         step=step,
@@ -1163,7 +1161,6 @@ NOISE_CHUNK = 50  # samples that share a generator of noise
 def whole_chunks(batch):
     """A number of samples, rounded up to a multiple of 50."""
     return math.ceil(batch / NOISE_CHUNK) * NOISE_CHUNK
-
 
 
 class SampleNoise:
@@ -1925,7 +1922,6 @@ def in_one_line(error):
     return " ".join(str(error).split())[:100] or type(error).__name__
 
 
-
 def restore(parts, state):
     """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises
     ValueError, with a readable message, where they don't fit."""
@@ -1947,8 +1943,9 @@ def export(settings):
         raise UserError("export wants --weights FILE, the file to write")
     path = Path(settings.weights)
     source = settings.folder() / "checkpoint.pt"
+
+    # Only what was exported before is overwritten: no run, and no file of another kind.
     if path.exists() and "log" in load_checkpoint(path):
-        # Only what was exported before is overwritten: no run, and no file of another kind.
         raise UserError(
             f"--weights {path}, the file to write, is a run: the run to export is named by --out"
         )
