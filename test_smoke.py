@@ -1667,6 +1667,19 @@ def test_exported_classifier():
         again, _ = run(classifier, "predict", *here, small, wide)
         assert again == guesses
 
+        # It computes in the numbers asked for.
+        kinds = []
+        autocast = classifier.autocast
+
+        def noting(device, dtype):
+            kinds.append(dtype)
+            return autocast(device, dtype)
+
+        with patched() as inner:
+            inner(classifier, "autocast", noting)
+            run(classifier, "predict", *here, small, "--precision", "bf16")
+        assert kinds == [torch.bfloat16]
+
         # It looks at six views.
         with patched() as inner:
             inner(classifier, "six_views", lambda x: [torch.zeros_like(x)] * 6)
