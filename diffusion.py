@@ -69,8 +69,6 @@ leaves open. Numbers without a dot are the paper's references:
     [12] Classifier-Free Guidance             [35] Denoising Diffusion Implicit Models (DDIM)
     [19] Understanding Diffusion Objectives   [39] slerp
     [20] Variational Diffusion Models         [42] Attention Is All You Need
-Not the paper's: [M] Keller Jordan's "Muon: An optimizer for hidden layers in neural networks"
-(2024).
 
 For CIFAR-10, replace CIFAR100 by CIFAR10 in the line DATASET = ...: the rest follows from it.
 """
@@ -158,8 +156,6 @@ class Settings:
     batch_size: int = setting(256, "pictures per step", 1, 65_536)
     max_lr: float = setting(2e-3, "peak learning rate, then a cosine to 0", 1e-8, 10.0)
     warm_up: int = setting(500, "steps in which the rate rises", 1, MAX_STEPS)
-    optimiser: str = setting("adamw", "optimiser of matrices", choices=("adamw", "muon"))
-    muon_lr: float = setting(2e-2, "peak rate of Muon's matrices", 1e-8, 10.0)
     clip_norm: float = setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
     ema: float = setting(0.999, "decay of the averaged weights; rises to it", 0.0, 0.99999)
     label_drop: float = setting(0.1, "share of labels dropped; 0: no guidance", 0.0, 1.0)
@@ -184,12 +180,12 @@ class Settings:
 
     # The paper's w = 3 scored best after short runs: after 12,000 steps of 32 on a CPU,
     # FID-1280 of 2,000 samples was 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w = 0, 0.25, 0.5,
-    # 1, 2, 3; after 8,000 with Muon, 6.4 with w = 3 and 6.9 with 5. After 50,000 steps of
-    # 16, sampled in 25 steps, it was 5.13 with the paper's w = 3, dynamic clipping and eta
-    # 1, which are the defaults, 5.06 with w = 2, 5.02 with eta 0.6, and 4.74 with both and
-    # no clipping. After 50,000 steps of 64 it was 3.91 as in the paper with 100 steps, the
-    # default (4.40 with 25), and 3.68 with all three and 50 steps: 6 % lower for half the
-    # time. That is one seed, so the paper's sampling stays for now.
+    # 1, 2, 3. After 50,000 steps of 16, sampled in 25 steps, it was 5.13 with the
+    # paper's w = 3, dynamic clipping and eta 1, which are the defaults, 5.06 with w = 2,
+    # 5.02 with eta 0.6, and 4.74 with both and no clipping. After 50,000 steps of 64 it
+    # was 3.91 as in the paper with 100 steps, the default (4.40 with 25), and 3.68 with
+    # all three and 50 steps: 6 % lower for half the time. That is one seed, so the
+    # paper's sampling stays for now.
     guidance: float = setting(3.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
     clip_x0: str = setting("dynamic", "how x0 is cut", choices=("none", "static", "dynamic"))
     classes: str = setting("", "names or numbers to sample, by commas; empty: all, mixed")
@@ -710,103 +706,6 @@ def update_ema(ema_net, net, decay, step):
     torch._foreach_lerp_(averages, list(net.parameters()), 1 - decay)
 
 
-def orthogonalise(matrix, rounds=5):
-    """Approximately U V^T, if U S V^T is the singular value decomposition of the matrix
-    (rows,columns): the same directions, all of nearly the same size. Has the matrix's
-    shape.
-
-    The Newton-Schulz iteration of Muon [M] needs matrix products alone. Each round maps
-    every singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. Five rounds take any s
-    from 0.0015 to 1 to between 0.67 and 1.21; smaller ones end below 0.68.
-    """
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.T if tall else matrix  # so that the products are with the shorter side
-    x = x / (x.norm() + 1e-7)  # no singular value is above 1 now
-    for _ in range(rounds):
-        # x = 3.4445 x + (-4.775 gram + 2.0315 gram²) x; addmm scales, multiplies and
-        # adds in one kernel.
-        gram = x @ x.T
-        change = torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315)
-        x = torch.addmm(x, change, x, beta=3.4445)
-    return x.T if tall else x
-
-
-class MuonWithAdamW(torch.optim.AdamW):
-    """Muon [M] for groups of parameters with muon=True, AdamW for all others.
-
-    Adam scales each number of a gradient by itself. Muon takes a matrix as a whole: it
-    makes the running mean of the gradients orthogonal and moves the matrix against
-    that, so that rare directions are learned as fast as frequent ones. Filters
-    (out,in,height,width) are the matrix (out, in * height * width).
-
-    Momentum, rounds and the scaling of the step are [M]'s. [M] leaves the first and the
-    last layer to AdamW. That they are Muon's here is our choice, as are the filters of
-    depthwise convolutions, one per row, as a matrix.
-    """
-
-    def __init__(self, groups, betas=(0.9, 0.999), momentum=0.95):
-        super().__init__(groups, betas=betas, fused=True)
-        self.momentum = momentum
-        # Where fp16 gradients overflow, AdamW's kernel skips a step by itself. Muon's
-        # part can't, so GradScaler must: in fp16 it reads one number per step for that.
-        self._step_supports_amp_scaling = False
-
-    @torch.no_grad()
-    def step(self):
-        """One update of everything that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if group.get("muon") and p.grad is not None:
-                    self.update_matrix(p, group["lr"], group["weight_decay"])
-                    p.grad = None  # AdamW passes over what has no gradient
-        super().step()
-
-    def update_matrix(self, p, rate, weight_decay):
-        """Decay the weights p, then move them against the mean of their gradients, made
-        orthogonal."""
-        state = self.state[p]
-        if not state:
-            state["step"] = torch.zeros(())  # AdamW looks for one when it is restored
-            state["mean"] = torch.zeros_like(p)
-        mean = state["mean"].lerp_(p.grad, 1 - self.momentum)
-
-        # Nesterov's momentum: the mean as it would be if this gradient came once more.
-        ahead = p.grad.lerp(mean, self.momentum).flatten(1)  # (rows,columns)
-        direction = orthogonalise(ahead)
-
-        # The rows of a tall matrix with orthonormal columns are shorter than 1. This
-        # makes up for it, so that each output changes as much as a square matrix's.
-        rows, columns = direction.shape
-        step_size = rate * math.sqrt(max(1, rows / columns))
-        p.mul_(1 - rate * weight_decay)
-        p.sub_(direction.view_as(p), alpha=step_size)
-
-
-def make_optimiser(net, max_lr, muon_lr, name="adamw"):
-    """AdamW for all of a UNet, or Muon for its matrices and filters and AdamW for the
-    rest; `peak` of each group is its highest learning rate.
-
-    With no weight decay AdamW is Adam, as in [11]. With a second beta of 0.99 it
-    forgets large gradients sooner than with 0.999 (our choice). `fused` updates all
-    weights in one kernel. Muon's matrices decay a little (0.02: our choice): otherwise
-    they would grow, as its steps are as large as its rate says. The class
-    embeddings are a table and no matrix, so they are AdamW's.
-    """
-    betas = 0.9, 0.99
-    if name == "adamw":
-        everything = dict(params=list(net.parameters()), peak=max_lr)
-        return torch.optim.AdamW([everything], betas=betas, weight_decay=0, fused=True)
-
-    table = net.label.weight
-    matrices = [p for p in net.parameters() if p.ndim > 1 and p is not table]
-    others = [table] + [p for p in net.parameters() if p.ndim <= 1]
-    groups = [
-        dict(params=matrices, weight_decay=0.02, muon=True, peak=muon_lr),
-        dict(params=others, weight_decay=0.0, peak=max_lr),
-    ]
-    return MuonWithAdamW(groups, betas)
-
-
 def train(settings, command="train(settings), with the same settings"):
     """Train [2.2], or resume a run that was stopped, then sample; returns the
     validation loss.
@@ -836,8 +735,10 @@ def train(settings, command="train(settings), with the same settings"):
     ]
     compile_network(ema_net, settings.compile, examples, precision)
 
-    max_lr, muon_lr = settings.max_lr, settings.muon_lr
-    optimiser = make_optimiser(net, max_lr, muon_lr, settings.optimiser)
+    # Adam, as in [11], and no weight decay. With a second beta of 0.99 it forgets large
+    # gradients sooner than with 0.999 (our choice). `fused` updates all weights in one
+    # kernel. Its rate is set before each step.
+    optimiser = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=True)
 
     # fp16 can't hold small gradients, so the loss is scaled up before the backward pass
     # and the gradients down after it. In fp32 and bf16 the scaler does nothing.
@@ -947,18 +848,17 @@ def train(settings, command="train(settings), with the same settings"):
 
             # One optimiser step, and the averaged weights follow. (A step whose fp16
             # gradients overflowed leaves the weights as they are, and lowers the scale.)
-            share = learning_rate(step, settings.steps, 1.0, settings.warm_up)
-            for group in optimiser.param_groups:
-                group["lr"] = share * group["peak"]
-            rate = share * max_lr  # for the log: AdamW's
+            rate = learning_rate(step, settings.steps, settings.max_lr, settings.warm_up)
+            optimiser.param_groups[0]["lr"] = rate
+
             scaler.step(optimiser)
             scaler.update()
             update_ema(ema_net, net, settings.ema, step)
             step += 1
 
-            # That was the algorithm; it reads no number back from a GPU (but for fp16
-            # with Muon). Reading one waits for all that was launched, so the rest
-            # happens only now and then: sections 6, 8, 12 and 13.
+            # That was the algorithm; it reads no number back from a GPU. Reading one waits
+            # for all that was launched, so the rest happens only now and then: sections
+            # 6, 8, 12 and 13.
             log.add(step, loss.detach())
             stopping = stop.received is not None
             validating = step % settings.eval_every == 0 or step == settings.steps

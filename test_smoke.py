@@ -11,7 +11,6 @@ import contextlib
 import csv
 import functools
 import io
-import itertools
 import math
 import os
 import pickle
@@ -294,9 +293,8 @@ def test_layers_work_alone():
     assert one("depthwise_separable")(3, 8)(x).shape == (2, 8, 6, 4)
     assert one("Attention")(8)(tokens).shape == (2, 5, 8)
     assert one("GatedMLP")(8, 20)(tokens).shape == (2, 5, 8)
-    for optimiser in (one, two):
-        muon = optimiser("orthogonalise", "MuonWithAdamW")
-        assert muon([dict(params=[torch.nn.Parameter(x)], muon=True)]).step() is None
+    muon = one("orthogonalise", "MuonWithAdamW")
+    assert muon([dict(params=[torch.nn.Parameter(x)], muon=True)]).step() is None
     assert one("RMSNorm")(8)(torch.ones(2, 8)).shape == (2, 8)
     assert one("fourier_positions")(6, 12).shape == (36, 12)
     draw = one("shape_distance", "draw_shapes")
@@ -740,13 +738,13 @@ def test_orthogonalise():
     possible end between 0.68 and 1.14, whichever axis is longer, whatever the scale."""
     torch.manual_seed(0)
     sizes = [(6, 6), (9, 4), (4, 9), (1, 9), (9, 1)]
-    for module, (rows, columns) in itertools.product(MODULES, sizes):
+    for rows, columns in sizes:
         for scale in (1e-4, 1.0, 1e4):
             few = min(rows, columns)
             u = torch.linalg.qr(torch.randn(rows, few)).Q
             v = torch.linalg.qr(torch.randn(columns, few)).Q
             s = torch.logspace(0, -1.5, few)
-            result = module.orthogonalise(scale * (u * s) @ v.T)
+            result = classifier.orthogonalise(scale * (u * s) @ v.T)
 
             # Each singular value by the polynomial, five times.
             expected = s / (s.norm() + 1e-7 / scale)
@@ -763,22 +761,15 @@ def test_orthogonalise():
 
 
 def test_muon():
-    """Three updates of either script's Muon against the formulas, of a matrix, a tall
-    one and a filter; what has one axis moves as under AdamW; what has no gradient
-    stays."""
-    for module in MODULES:
-        check_muon(module)
-
-
-def check_muon(module):
-    """test_muon for one script."""
+    """Three updates of Muon against the formulas, of a matrix, a tall one and a filter;
+    what has one axis moves as under AdamW; what has no gradient stays."""
     torch.manual_seed(0)
     shapes = [(4, 6), (8, 2), (5, 1, 3, 3), (7,), (3, 3)]
     weights = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     net = torch.nn.ParameterList(weights)
     vector = torch.nn.Parameter(weights[3].detach().clone())
     adamw = torch.optim.AdamW([vector], lr=0.1, weight_decay=0.0)
-    muon = module.MuonWithAdamW(
+    muon = classifier.MuonWithAdamW(
         [
             dict(params=weights[:3] + weights[4:], weight_decay=0.3, muon=True),
             dict(params=weights[3:4], weight_decay=0.0),
@@ -797,7 +788,7 @@ def check_muon(module):
             if i < 3:
                 rows = len(weight)
                 columns = weight.numel() // rows
-                turned = module.orthogonalise(ahead.view(rows, columns))
+                turned = classifier.orthogonalise(ahead.view(rows, columns))
                 longer = max(1, rows / columns) ** 0.5
                 move = 0.1 * longer * turned.view_as(weight)
                 expected[i] = expected[i] * (1 - 0.1 * 0.3) - move
@@ -1391,7 +1382,7 @@ def test_free_to_change():
         classifier: "holdout seed steps batch_size max_lr weight_decay label_smoothing "
         "clip_norm randaugment_ops randaugment_magnitude block activation layers tied "
         "positions downsample width stem gate head optimiser",
-        diffusion: "seed steps batch_size max_lr warm_up optimiser muon_lr clip_norm ema "
+        diffusion: "seed steps batch_size max_lr warm_up clip_norm ema "
         "label_drop schedule timesteps width after_injection modulate",
     }
     for module, names in shaping.items():
@@ -2520,25 +2511,33 @@ def check_average(step, share):
         assert_close(weight, (1 - share) * old + share * new)
 
 
-def test_diffusion_optimisers():
-    """Every weight is in one group: all in AdamW's, or matrices and filters in Muon's,
-    which decay, but for the class embeddings."""
-    net = diffusion.UNet(width=8)
-    adamw = diffusion.make_optimiser(net, 1e-3, 2e-2)
-    assert len(adamw.param_groups) == 1
-    assert adamw.param_groups[0]["weight_decay"] == 0
-    assert adamw.param_groups[0]["betas"] == (0.9, 0.99)
-    assert len(adamw.param_groups[0]["params"]) == len(list(net.parameters()))
+def test_diffusion_optimiser():
+    """Each step of Adam, of all weights and without decay, has the rate of the schedule,
+    and the log has the last one."""
+    used, rates = [], []
+    step = torch.optim.Adam.step
 
-    muon = diffusion.make_optimiser(net, 1e-3, 2e-2, "muon")
-    matrices, others = muon.param_groups
-    assert (matrices["peak"], others["peak"]) == (2e-2, 1e-3)
-    assert (matrices["weight_decay"], others["weight_decay"]) == (0.02, 0)
-    ids = [id(p) for group in muon.param_groups for p in group["params"]]
-    assert sorted(ids) == sorted(id(p) for p in net.parameters())
-    assert all(p.ndim > 1 for p in matrices["params"])
-    assert id(net.label.weight) in map(id, others["params"])
-    assert all(p.ndim == 1 for p in others["params"] if p is not net.label.weight)
+    def noting(self):
+        (group,) = self.param_groups
+        used.append(group)
+        rates.append(group["lr"])
+        return step(self)
+
+    flags = [*SMALL, "--max-lr", 0.01, "--warm-up", 2, "--steps", 6]
+    with small_run(diffusion) as (monkey, root):
+        without_results(diffusion, monkey)
+        monkey(torch.optim.Adam, "step", noting)
+        run(diffusion, *flags, "--out", root)
+        state = load_state(root)
+    assert len(rates) == 6
+    for i, rate in enumerate(rates):
+        assert abs(rate - diffusion.learning_rate(i, 6, 0.01, 2)) < 1e-9
+    assert state["log"]["rows"][-1]["lr"] == rates[-1]
+
+    group = used[0]
+    assert len(group["params"]) == len(state["net"])
+    assert group["betas"] == (0.9, 0.99)
+    assert group["weight_decay"] == 0
 
 
 def test_dropped_labels():
@@ -2564,35 +2563,6 @@ def test_dropped_labels():
             labels = torch.full_like(labels, net.no_class)
         loss, _ = diffusion.validation_loss(net.eval(), data.test_x, labels, "linear")
         assert abs(state["log"]["rows"][-1]["val_loss"] - loss) < 1e-5
-
-
-def test_diffusion_muon():
-    """Training with --optimiser muon: both groups follow the schedule, each to its own
-    peak, and a run that was stopped goes on to the same bits."""
-    rates = []
-    step = diffusion.MuonWithAdamW.step
-
-    def noting(self):
-        rates.append([group["lr"] for group in self.param_groups])
-        return step(self)
-
-    peaks = ["--optimiser", "muon", "--muon-lr", 0.02, "--max-lr", 0.001]
-    flags = [*SMALL, *peaks, "--warm-up", 2, "--steps", 6]
-    with small_run(diffusion) as (monkey, root):
-        without_results(diffusion, monkey)
-        monkey(diffusion.MuonWithAdamW, "step", noting)
-        run(diffusion, *flags, "--out", root / "whole")
-        for i, (matrices, others) in enumerate(rates):
-            assert abs(matrices - diffusion.learning_rate(i, 6, 0.02, 2)) < 1e-9
-            assert abs(others - diffusion.learning_rate(i, 6, 0.001, 2)) < 1e-9
-        assert len(rates) == 6
-
-        interrupted(diffusion, "update_ema", 4, *flags, "--out", root / "parts")
-        run(diffusion, *flags, "--out", root / "parts")
-        expected = load_state(root / "whole")
-        state = load_state(root / "parts")
-        for key in ("net", "ema", "optimiser"):
-            assert same(state[key], expected[key]), key
 
 
 def test_ema():
@@ -3548,8 +3518,9 @@ def train_on_fake_cuda(module, precision, *flags):
 
 def test_training_never_waits():
     """On a fake GPU no step of either script lets the host wait for the device, in any
-    precision, and few launches do what concerns all weights. But for fp16 with Muon,
-    which asks once a step whether a gradient overflowed."""
+    precision, and few launches do what concerns all weights. But for fp16 in the
+    classifier: its Muon asks once a step whether a gradient overflowed."""
+    adam = {classifier: "_fused_adamw_", diffusion: "_fused_adam_"}
     for module, flags in [(classifier, TINY), (diffusion, SMALL)]:
         for precision in module.PRECISIONS.values():
             waits, launches = train_on_fake_cuda(module, precision, *flags)
@@ -3557,10 +3528,9 @@ def test_training_never_waits():
             asked = 3 if scaled and module is classifier else 0
             assert waits == asked * ["_local_scalar_dense"], (module, precision, waits)
 
-            # Per step: the optimiser is one launch for each of its groups, AdamW's
-            # arithmetic none, and the average of all weights one.
-            # (The classifier's matrices are Muon's.)
-            assert launches["_fused_adamw_"] == 3
+            # Per step: Adam is one launch, its arithmetic none beside it, and the
+            # average of all weights one. (The classifier's matrices are Muon's.)
+            assert launches[adam[module]] == 3
             assert launches["addcdiv_"] == launches["_foreach_addcdiv_"] == 0
             assert launches["_foreach_norm"] == launches["_foreach_mul_"] == 3
             assert launches["_amp_update_scale_"] == 3 * scaled
