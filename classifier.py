@@ -163,18 +163,19 @@ class Settings:
     # keeps all bits, so that with identity four of the fourteen operations change nothing.
     # Short runs chose it, in which a small network underfits: after 800 steps of 128 an
     # earlier version of this network was 1.4 points worse without it (5,000 held-out
-    # pictures, seed 0, as in the rest of this comment). Two operations of magnitude 6 are
+    # pictures, seed 0, as in the next sentence). Two operations of magnitude 6 are
     # 0.8 points worse after 10,000 steps of 128, and 0.9 better after 10,000 of 256 (66.4 and
-    # 65.5 %): the more often a picture comes back, the more it must change. After as many of
-    # 1,024, the default, the network knows 93.6 % of the training pictures and 65.7 % of the
-    # test pictures, so there it seems too little.
+    # 65.5 %): the more often a picture comes back, the more it must change. For 10,000 steps
+    # of 1,024, the default, it is too light: the network ends at 93.6 % of the training
+    # pictures and at 65.7 % of the test pictures.
     randaugment_ops: int = setting(1, "RandAugment operations per picture; 0: none", 0, 10)
     randaugment_magnitude: int = setting(2, "RandAugment magnitude", 0, 30)
 
     # What the paper varied [1.2.2]. Block, activation, layers, tied weights and
     # max-pooling are its choice. It leaves the positions open: with Fourier ones the
     # accuracy was 26.0 %, with learned ones 20.0 % (600 steps of 128, 5,000 held-out
-    # pictures, two seeds). "none" and the width are ours.
+    # pictures, two seeds; in the paper's recipe, where learned ones leave room for 72
+    # channels instead of 80). "none" and the width are ours.
     block: str = setting("llama", "kind of encoder layer", choices=("llama", "gpt2"))
     activation: str = setting("silu", "function in all layers", choices=("silu", "gelu", "relu"))
     layers: int = setting(4, "how often the encoder layer is applied", 0, 6)
@@ -186,12 +187,11 @@ class Settings:
     # Beyond the paper. Accuracy after 10,000 steps of 128 on 5,000 held-out pictures, with
     # seeds 0 and 1 or seed 0:
     #
-        #     all four, the default       65.8 and 64.6 %
+    #     all four, the default       65.8 and 64.6 %
     #     --optimiser adamw           64.9 and 63.5 %
     #     --gate plain                64.4 %
     #     --gate plain --head pair    63.6 %
     #     --stem plain                64.0 %
-
     #
     # Muon gains four points in 1,500 steps, and in these 10,000 still one (0.99). The pair
     # does not fit beside the local gate at this width; head and gate gain 2.2 together. On
@@ -201,7 +201,7 @@ class Settings:
     gate: str = setting("local", "gate of the llama MLP", choices=("local", "plain"))
     head: str = setting("single", "linear layers at the end", choices=("single", "pair"))
     optimiser: str = setting("muon", "optimiser of matrices", choices=("muon", "adamw"))
-    recipe: str = setting("ours", "paper: none of these four", choices=("ours", "paper"))
+    recipe: str = setting("ours", "paper: its stem, gate, head, AdamW", choices=("ours", "paper"))
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -242,12 +242,12 @@ def depthwise_separable(c_in, c_out, filters=1, strided=False, activation=nn.SiL
     """Depthwise-separable convolution [14, 41]: (B,c_in,H,W) -> (B,c_out,H,W).
 
     A 3x3 convolution costs 9 * c_in * c_out weights. Split in two, first 3x3 filters
-    for each channel (space), then a 1x1 mixture of the channels (features), it costs 9
-    * c_in * filters + c_in * filters * c_out: with one filter per channel about an
-    eighth, for 80 channels. The first layer takes more than one, as three colours alone
-    would leave the mixture too little to mix. "Each convolutional layer" [1.2.1], so
-    each half, as in MobileNets [14], is followed by BatchNorm [17] and an activation,
-    SiLU [10, 26].
+    for each channel (space), then a 1x1 mixture of the channels (features), it costs
+    9 * c_in * filters + c_in * filters * c_out:
+    with one filter per channel about an eighth, for 80 channels. The first layer takes
+    more than one, as three colours alone would leave the mixture too little to mix. "Each
+    convolutional layer" [1.2.1], so each half, as in MobileNets [14], is followed by
+    BatchNorm [17] and an activation, SiLU [10, 26].
 
     `strided` is the paper's "4,2,1" [1.2.2] instead of max-pooling. We read it as
     kernel, stride and padding, and give it to the first half. Then the result is
@@ -280,8 +280,8 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x):
         # In bf16, autocast would compute this in fp32 on CUDA, and elsewhere leave the gain
-        # in fp32, which no fused kernel takes. So: without it, and with the gain in x's
-        # type. (The kernel sums up in fp32 by itself.)
+        # in fp32, which no fused kernel takes. So autocast is off here, and the gain gets
+        # x's type. (The kernel sums up in fp32 by itself.)
         with torch.autocast(x.device.type, enabled=False):
             gain = self.weight.to(x.dtype)
             return F.rms_norm(x, self.normalized_shape, gain, self.eps)
@@ -449,14 +449,13 @@ class Classifier(nn.Module):
         # Tied weights [1.2.2, 7]: one layer, applied again and again. At width 80 it
         # has 65,760 weights; four layers of their own would need 263,040. Tying is not
         # free depth, though: all applications must make do with the same weights.
-        distinct = layers
-        if tied and layers > 0:
-            distinct = 1
+        distinct = min(layers, 1) if tied else layers
         self.layers = layers
         self.encoder = nn.ModuleList()
         for _ in range(distinct):
             layer = EncoderLayer(width, block, activation, local_gate=gate == "local")
             self.encoder.append(layer)
+
         # A norm at the end, as in LLaMA [40].
         self.norm = RMSNorm(width) if block == "llama" else nn.LayerNorm(width)
 
@@ -595,16 +594,17 @@ def load_data(source, holdout=0, device="cpu"):
         x, y, test_x, test_y, names = load_cifar(source)
     checksum = zlib.crc32(x.numpy())
 
-    val_x, val_y = test_x, test_y
     if holdout % len(names) != 0:
         raise UserError(f"--holdout {holdout} is not {len(names)} equal shares")
-    if holdout > 0:
-        mask = held_out(y, holdout // len(names))
-        val_x, val_y = x[mask], y[mask]
-        x, y = x[~mask], y[~mask]
+    mask = held_out(y, holdout // len(names)).to(device)
 
-    tensors = [part.to(device) for part in (x, y, val_x, val_y, test_x, test_y)]
-    return Data(*tensors, names, checksum)
+    x, y, test_x, test_y = (part.to(device) for part in (x, y, test_x, test_y))
+    train = x, y
+    val = test = test_x, test_y
+    if holdout > 0:
+        train = x[~mask], y[~mask]
+        val = x[mask], y[mask]
+    return Data(*train, *val, *test, names, checksum)
 
 
 def to_device(x, device):
@@ -807,7 +807,9 @@ def orthogonalise(matrix, rounds=5):
 
     The Newton-Schulz iteration of Muon [M] needs matrix products alone. Each round maps
     every singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. Five rounds take any s
-    from 0.0015 to 1 to between 0.67 and 1.21; smaller ones end below 0.68.
+    from 0.0015 to 1 to between 0.67 and 1.21; smaller ones end below 0.68. ([M] chose the
+    numbers to be steep at 0, so that few rounds lift small values; the price is that they
+    end near 1 and not at it.)
     """
     tall = matrix.shape[0] > matrix.shape[1]
     x = matrix.T if tall else matrix  # so that the products are with the shorter side
@@ -827,7 +829,9 @@ class MuonWithAdamW(torch.optim.AdamW):
     Adam scales each number of a gradient by itself. Muon takes a matrix as a whole: it
     makes the running mean of the gradients orthogonal and moves the matrix against
     that, so that rare directions are learned as fast as frequent ones. Filters
-    (out,in,height,width) are the matrix (out, in * height * width).
+    (out,in,height,width) are the matrix (out, in * height * width). Both are one
+    optimiser, so that the schedule, the gradient's scaler and the checkpoint have to do
+    with one.
 
     Momentum, rounds and the scaling of the step are [M]'s. [M] leaves the first and the
     last layer to AdamW. Giving them to Muon is our choice, and so is taking the filters
@@ -874,8 +878,9 @@ class MuonWithAdamW(torch.optim.AdamW):
 
 def make_optimiser(net, weight_decay, name="muon"):
     """AdamW [22] for all of `net` if `name` is "adamw"; else Muon for its matrices and
-    AdamW for the rest. Both decay weights directly, apart from the gradient, which for
-    Adam is not the same as the "L2 regularisation" that the paper names [1.2.2].
+    AdamW for the rest. Weight decay shrinks the weights themselves and is not added to
+    the gradient, which for Adam would be another thing: the "L2 regularisation" that the
+    paper names [1.2.2].
 
     What has two axes or more decays, and is a matrix to Muon: matrices, filters and
     learned positions. Gains and biases do not decay: a gain sets a scale, which pulling
@@ -995,6 +1000,8 @@ def train(settings, command="train(settings), with the same settings"):
             loss = F.cross_entropy(logits, y, label_smoothing=smoothing)
 
             # The gradient; all of it is scaled down if its norm is above clip_norm [1.2.2].
+            # (Muon's step is of one size whatever the gradient's. There it bounds how much
+            # one batch weighs in the running mean.)
             optimiser.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimiser)
@@ -1080,8 +1087,8 @@ def predict_logits(net, x, mean, std, tta=False):
     over six views of each picture.
 
     That is test-time augmentation, which is ours. Max-pooling cuts every picture into the
-    same 2x2 squares, so the answer to a picture shifted by one pixel is another one; in
-    the mean of such answers errors partly cancel. On 5,000 held-out pictures that gained
+    same 2x2 squares, so shifting a picture by one pixel changes the answer; in the mean
+    of such answers errors partly cancel. On 5,000 held-out pictures that gained
     1.3 to 2.3 points (six networks, 10,000 steps of 128).
     """
     views = six_views(x) if tta else [x]
@@ -1149,7 +1156,8 @@ def report(net, data, settings, mean, std, precision=torch.float32, with_test=Fa
     `with_test` adds the test set where validation is on a hold-out.
 
     The paper's train loss (1.931) is above its val loss (1.419) though its train
-    accuracy is the higher one, so they were hardly measured alike. Here both are plain
+    accuracy is the higher one, so they were hardly measured alike; perhaps the former
+    was taken while training, with smoothing and augmentation. Here both are plain
     cross-entropy on pictures left as they are; the criterion that training minimises,
     here in evaluation mode, stands beside them under its own name.
     """
