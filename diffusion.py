@@ -6,7 +6,7 @@ from the top:
 
     python diffusion.py                    train on CIFAR-100 (downloaded if not in ./data)
     python diffusion.py --data shapes      the same on drawn shapes: no download, no GPU
-    python diffusion.py sample --classes rose,whale --count 16 --guidance 2
+    python diffusion.py sample --classes rose,whale --count 16 --guidance 3
     python diffusion.py interpolate        between pairs of noises and classes
     python diffusion.py neighbours         the training pictures nearest to samples
     python diffusion.py fid                10,000 samples against the 10,000 test pictures
@@ -16,15 +16,15 @@ from the top:
 
 Result so far, of all 50,000 steps with 64 pictures each, a quarter of the default batch (8 minutes
 of training on an H200, seed 0, 2026-11-26, torch 2.11.0): the velocity loss on test pictures is
-0.1134, where always predicting zero gives 0.645. FID-1280 of 10,000 samples (--sample-steps 25
---sample-seed 2 --guidance 2 --clip-x0 none --eta 0.6) is 3.24; 10,000 training pictures have 0.398.
-FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than FID, and
-not to be compared with it (.github/experiments.md). The first command, with the full batch, has not
-been run yet. README.md has the log and the pictures.
+0.1134, where always predicting zero gives 0.645. FID-1280 of 10,000 samples is 3.24, and that of
+10,000 training pictures 0.398 (python diffusion.py fid --sample-steps 25 --sample-seed 2 drew
+them). FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than
+FID, and not to be compared with it (.github/experiments.md). The first command, with the full
+batch, has not been run yet. README.md has the log and the pictures.
 
 A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
-on where it stopped. The modes sample, interpolate, neighbours and fid take every setting
-that no flag gives from the checkpoint, but for classes, device, compile and precision.
+on where it stopped. In the modes sample, interpolate, neighbours and fid a setting without a
+flag is the checkpoint's, but for classes, out, weights, device, compile and precision.
 Where training was given --data shapes or --out, give it to every mode again.
 
 The network predicts the velocity v of a noised picture. It has 960,755 parameters; widths
@@ -43,9 +43,9 @@ a, b, c = 48, 96, 144:
 
 Skips are added, not concatenated as in [28] (our choice): the 1x1 convolution works before
 doubling, on a quarter of the positions, and blocks take fewer channels in, so a step costs
-less. The embedding also scales and shifts the channels in every block
-(known as FiLM, or adaptive GroupNorm), which the paper's design doesn't have (--recipe
-paper): see `modulate` in the settings.
+less. The embedding also scales and shifts the channels in every block (known as FiLM, or adaptive
+GroupNorm), which the paper's design doesn't have: see `modulate` in the settings. --recipe paper
+gives that design, and the paper's way of sampling.
 
 Map. Sections 1 to 8 are the story; to understand the model read 2 (layers and U-Net), to
 understand diffusion 4 (noise), 5 (objective and training loop) and 7 (guidance and sampler);
@@ -129,10 +129,10 @@ class Settings:
     """All settings; each is a flag of the command line too. Raises ValueError, with a
     readable message, for a value that its field does not allow.
 
-    The defaults are the paper's design but for `modulate`. Numbers that it doesn't name
-    are our choice, and so are the optimiser, mirroring, clipping of the gradient and the
-    course of the rate, of which it says nothing. `recipe` and data="shapes" change the
-    defaults of other fields: see choose_settings.
+    The defaults are the paper's design but for `modulate` and the way of sampling.
+    Numbers that it doesn't name are our choice, and so are the optimiser, mirroring,
+    clipping of the gradient and the course of the rate, of which it says nothing.
+    `recipe` and data="shapes" change the defaults of other fields: see choose_settings.
     """
 
     # Where pictures come from and results go to.
@@ -150,10 +150,12 @@ class Settings:
     eval_every: int = setting(1000, "steps between validations; each saves", 1, MAX_STEPS)
     grid_every: int = setting(5000, "steps between grids of samples", 1, MAX_STEPS)
 
-    # How it is trained. Validation loss after equal time: 0.140 with rate 2e-3, 0.150 with
-    # 1e-3.
+    # How it is trained.
     steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
     batch_size: int = setting(256, "pictures per step", 1, 65_536)
+
+    # Validation loss after 840 s of one CPU core, some 890 steps of 64: 0.140 with 2e-3,
+    # 0.150 with 1e-3. Not compared at length.
     max_lr: float = setting(2e-3, "peak learning rate, then a cosine to 0", 1e-8, 10.0)
     warm_up: int = setting(500, "steps in which the rate rises", 1, MAX_STEPS)
     clip_norm: float = setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
@@ -171,23 +173,24 @@ class Settings:
     # of one CPU core: 892 and 669 steps of 64), after equal steps 0.1350 and 0.1363
     # (1,500 of 32).
     modulate: str = setting("on", "scale and shift in all blocks", choices=("off", "on"))
-    recipe: str = setting("ours", "paper: without modulate", choices=("ours", "paper"))
+    recipe: str = setting("ours", "paper: no modulate, and its sampling", choices=("ours", "paper"))
 
     # From here on: of sampling only, so free to differ from one command to the next.
     sample_schedule: str = setting("same", "of sampling", choices=("same", *SCHEDULES))
-    sample_steps: int = setting(100, "denoising steps per sample", 1, 10_000)
-    eta: float = setting(1.0, "fresh noise per step; 1: DDPM, 0: DDIM", 0.0, 1.0)
 
-    # The paper's w = 3 scored best after short runs: after 12,000 steps of 32 on a CPU,
-    # FID-1280 of 2,000 samples was 8.1, 7.6, 7.1, 6.6, 6.1, 6.0 with w = 0, 0.25, 0.5,
-    # 1, 2, 3. After 50,000 steps of 16, sampled in 25 steps, it was 5.13 with the
-    # paper's w = 3, dynamic clipping and eta 1, which are the defaults, 5.06 with w = 2,
-    # 5.02 with eta 0.6, and 4.74 with both and no clipping. After 50,000 steps of 64 it
-    # was 3.91 as in the paper with 100 steps, the default (4.40 with 25), and 3.68 with
-    # all three and 50 steps: 6 % lower for half the time. That is one seed, so the
-    # paper's sampling stays for now.
-    guidance: float = setting(3.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
-    clip_x0: str = setting("dynamic", "how x0 is cut", choices=("none", "static", "dynamic"))
+    # The paper samples with DDPM's noise (eta = 1), w = 3 and dynamic clipping, and doesn't
+    # say in how many steps. These four score better: FID-1280 of 2,000 samples, of the network
+    # trained for 50,000 steps of 64, is 3.67 with them, and 3.89 as in the paper in 100
+    # steps (means of two sampling seeds). Each helps a little. Of the network trained with
+    # 16 per step, sampled in 25 steps, it was 5.13 as in the paper, 5.06 with w = 2, 5.02
+    # with eta = 0.6, 4.97 with w = 2 and no clipping, 4.74 with all three, and 4.66 with 50
+    # steps as well. A network trained less needs guidance more: after 12,000 steps of 32, in
+    # 25 steps but otherwise as in the paper, w = 0, 1, 2, 3 gave 8.1, 6.6, 6.1, 6.0.
+    sample_steps: int = setting(50, "denoising steps per sample", 1, 10_000)
+    eta: float = setting(0.6, "fresh noise per step; 1: DDPM, 0: DDIM", 0.0, 1.0)
+    guidance: float = setting(2.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
+    clip_x0: str = setting("none", "how x0 is cut", choices=("none", "static", "dynamic"))
+
     classes: str = setting("", "names or numbers to sample, by commas; empty: all, mixed")
     count: int = setting(64, "pictures to sample", 1, 1_000_000)
     sample_seed: int = setting(0, "decides the noise of samples", 0, 2**31)
@@ -213,18 +216,18 @@ class Settings:
         return Path(self.weights or self.folder() / "checkpoint.pt")
 
 
-# These may change when a run is resumed: of what is learned they decide no more than
-# rounding and random numbers. (The pictures themselves are compared by checksum, wherever
-# they lie.)
+# These may change when a run is resumed: they touch what is learned by rounding alone,
+# and on another kind of device by other random numbers. (The pictures themselves are
+# compared by checksum, wherever they lie.)
 FREE_TO_CHANGE = (
     "data out weights device compile precision log_every eval_every grid_every recipe "
     "sample_schedule sample_steps eta guidance clip_x0 classes count sample_seed "
     "sample_batch fid_count inception"
 ).split()
 
-# Defaults for drawn shapes, with `--recipe paper` too: a small network, minutes on a CPU.
-# The linear schedule dwells on high noise, where shapes form. Dynamic clipping would wash
-# out bright colours.
+# Defaults for drawn shapes: a small network, minutes on a CPU. The linear schedule dwells
+# on high noise, where shapes form. (With `--recipe paper` as well, the paper's sampling
+# counts; its dynamic clipping washes out bright colours.)
 SHAPES = dict(
     width=24,
     steps=1000,
@@ -234,13 +237,12 @@ SHAPES = dict(
     ema=0.98,
     eval_every=500,
     schedule="linear",
-    guidance=2.0,
     sample_steps=30,
-    clip_x0="static",
 )
 
-# What `--recipe paper` sets; a flag of the same command still wins.
-PAPER = dict(modulate="off")
+# What `--recipe paper` sets; a flag of the same command still wins. (The number of steps
+# is our choice: so much fresh noise needs more of them.)
+PAPER = dict(modulate="off", sample_steps=100, eta=1.0, guidance=3.0, clip_x0="dynamic")
 
 
 # --------------------------------------------------------------------------------------
@@ -251,9 +253,9 @@ PAPER = dict(modulate="off")
 def separable_conv(c_in, c_out):
     """Depthwise-separable 3x3 convolution: (B,c_in,H,W) -> (B,c_out,H,W).
 
-    Space first, one 3x3 filter per channel, then features, a 1x1 mixture of channels: 9
-    * c_in + c_in * c_out weights instead of 9 * c_in * c_out. "The majority" of
-    convolutions here [2.2].
+    Space first, one 3x3 filter per channel, then features, a 1x1 mixture of channels:
+    9 * c_in + c_in * c_out weights instead of 9 * c_in * c_out.
+    "The majority" of convolutions here [2.2].
     """
     space = nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False)
     features = nn.Conv2d(c_in, c_out, 1)
@@ -267,7 +269,8 @@ def regular_conv(c_in, c_out):
 
 def sinusoidal_embedding(log_snr, width=64):
     """Sines and cosines of the noise level: (B,) -> (B,width) [42]. [2.2] says "timestep
-    embeddings"; what Eq. (4) gives the network is lambda, the log-SNR.
+    embeddings"; what Eq. (4) gives the network is lambda, the log-SNR. So it knows
+    nothing of the schedule, and can be sampled on another than it was trained on.
 
     log_snr is between -20 and 20. Wavelengths go from 3 to 300 (our choice): the long
     ones order all levels, the short ones tell neighbours apart.
@@ -288,8 +291,8 @@ class ResidualBlock(nn.Module):
 
     `conv` is separable_conv or regular_conv. With `e_width`, an embedding (B,e_width)
     scales and shifts the channels after the second norm. (A separable convolution
-    follows. The paper found one harmful where the embedding is added, see Injection; with
-    scale and shift we saw no such artefacts.)
+    follows. The paper found one harmful where the embedding is added, see Injection; we
+    saw its artefacts in no variant, that one included.)
     """
 
     def __init__(self, channels, conv, e_width=0):
@@ -602,8 +605,9 @@ def cosine_schedule(t):
     b = math.atan(math.exp(-10))
     a = math.pi / 2 - 2 * b
 
-    # tan(x) = sin(x) / sin(pi/2 - x), and as a + 2b = pi/2, pi/2 - (a t + b) = a (1 -
-    # t) + b. Two sines are accurate in fp32 near t = 1 too, where the tangent is not.
+    # tan(x) = sin(x) / sin(pi/2 - x), and as a + 2b = pi/2,
+    #     pi/2 - (a t + b) = a (1 - t) + b.
+    # Two sines are accurate in fp32 near t = 1 too, where the tangent is not.
     return 2 * (torch.sin(a * (1 - t) + b).log() - torch.sin(a * t + b).log())
 
 
@@ -657,6 +661,9 @@ def velocity(x, noise, alpha, sigma):
     """v = alpha * noise - sigma * x: Eq. (1) [30].
 
     Pictures (B,3,H,W); alpha and sigma (B,1,1,1) or numbers, here and in the next two.
+    As alpha² + sigma² = 1, they are cos(phi) and sin(phi) of an angle phi, x_t moves on a
+    circle from x to noise, and v is its velocity, d x_t / d phi.
+
     Why v and not the noise: where all is noise, a guess of the noise does not tell the
     picture; where all is clean, a guess of the picture does not tell the noise. v tells
     both at every level: see split.
@@ -671,7 +678,7 @@ def add_noise(x, noise, alpha, sigma):
 
 def split(x_t, v, alpha, sigma):
     """(x, noise) that make up x_t if v is its velocity: Eq. (1) and (2) solved for
-    both."""
+    both. They turn (x, noise) by phi, and this turns (x_t, v) back."""
     pred_x0 = alpha * x_t - sigma * v
     pred_noise = sigma * x_t + alpha * v
     return pred_x0, pred_noise
@@ -680,10 +687,11 @@ def split(x_t, v, alpha, sigma):
 # --------------------------------------------------------------------------------------
 # 5. Objective and training
 # --------------------------------------------------------------------------------------
-# The objective is Eq. (3), L = |v - v_hat|². By (1) and (2) it is also (e^lambda + 1)
-# |x - x_hat|² and (e^-lambda + 1) |noise - noise_hat|². The paper prints the last
-# weight as e^lambda - 1, a misprint: below lambda = 0 it would be negative. An error
-# of the picture weighs most on clean pictures, an error of the noise on noisy ones.
+# The objective is Eq. (3). By (1) and (2) it has three forms:
+#     |v - v_hat|²  =  (e^lambda + 1) |x - x_hat|²  =  (e^-lambda + 1) |noise - noise_hat|²
+# The paper prints the last weight as e^lambda - 1, a misprint: below lambda = 0 it would
+# be negative. An error of the picture weighs most on clean pictures, an error of the
+# noise on noisy ones.
 
 
 def learning_rate(step, steps, peak, warm_up):
@@ -698,9 +706,13 @@ def learning_rate(step, steps, peak, warm_up):
 @torch.no_grad()
 def update_ema(ema_net, net, decay, step):
     """ema_net += (1 - decay) (net - ema_net), weight by weight [2.2, 11, 24], after
-    update number `step` (from 0). Warm-up, our choice: decay is at most (1 + step)/(10
-    + step), so that the average forgets the random start. The default decay is our
-    choice too."""
+    update number `step` (from 0).
+
+    The average leaves out the jitter of the last steps. While the rate is high that
+    counts (0.151 instead of 0.157 after 500 steps); once it has fallen to 0 there is no
+    jitter left. The decay is our choice, and so is its warm-up, at most
+    (1 + step) / (10 + step), so that the average forgets the random start.
+    """
     decay = min(decay, (1 + step) / (10 + step))
     averages = list(ema_net.parameters())
     torch._foreach_lerp_(averages, list(net.parameters()), 1 - decay)
@@ -746,9 +758,10 @@ def train(settings, command="train(settings), with the same settings"):
 
     # Low-discrepancy t [2.2]: a Sobol sequence, of which each draw falls into a gap
     # that the earlier ones left, so a batch covers [0,1] evenly and the loss estimate
-    # varies less, which often speeds training up [2.3, 19]. In a batch of 2^n, row i
-    # gets its t from nearly the same part of [0,1] each time, so nothing else may depend
-    # on the row: the pictures come in random order.
+    # varies less, which often speeds training up [2.3, 19]. (Here its variance is three to
+    # four times smaller, and the loss at the end of a short run the same.) In a batch of
+    # 2^n, row i gets its t from nearly the same part of [0,1] each time, so nothing else
+    # may depend on the row: the pictures come in random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
 
     # All other random numbers come from one generator on the device; sampling has its
@@ -959,8 +972,9 @@ def validate(net, data, schedule, precision, label_drop=0.0):
 def guide(v_cond, v_uncond, w):
     """Classifier-free guidance, Eq. (4) [12]: (1 + w) v_cond - w v_uncond.
 
-    With w = 0 the class is followed as learned, with w > 0 more than that, with w = -1
-    not at all. Others call 1 + w the guidance scale: their 4 is the paper's w = 3.
+    v_cond - v_uncond is what the class changes in the guess. With w = 0 it counts as
+    learned, with w > 0 more than that, so that pictures are clearer and less varied, with
+    w = -1 not at all. Others call 1 + w the guidance scale: their 4 is the paper's w = 3.
     """
     return (1 + w) * v_cond - w * v_uncond
 
@@ -989,13 +1003,13 @@ def guided_velocity(net, labels, w):
     return model
 
 
-def clip_picture(pred_x0, how="dynamic", percentile=0.995):
+def clip_picture(pred_x0, how, percentile=0.995):
     """Keep predicted pictures (B,3,H,W) in range: "none", "static" (cut at ±1), or
     "dynamic", which [29] calls dynamic thresholding.
 
     Guidance drives predictions out of [-1,1]. Cutting saturates them; dynamic clipping
     cuts a picture at s = max(1, 99.5th percentile of its |values|) and divides by s
-    (99.5: our choice).
+    (99.5: our choice). With w = 2, "none" scored best: see `clip_x0` in the settings.
     """
     if how == "none":
         return pred_x0
@@ -1007,7 +1021,7 @@ def clip_picture(pred_x0, how="dynamic", percentile=0.995):
 
 
 @torch.no_grad()
-def ddim_sample(model, x_t, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.randn_like):
+def ddim_sample(model, x_t, log_snrs, eta=0.6, clip="none", draw_noise=torch.randn_like):
     """Pictures from noise [2.3, 11, 35]: x_t (B,3,H,W) at log_snrs[0] -> the last
     predicted x_0.
 
@@ -1027,8 +1041,8 @@ def ddim_sample(model, x_t, log_snrs, eta=1.0, clip="dynamic", draw_noise=torch.
         pred_x0, _ = split(x_t, v, alpha, sigma)
         pred_x0 = clip_picture(pred_x0, clip)
 
-        # The last step ends with the picture. The schedule has a little noise left at t
-        # = 0 (the linear one 0.01 of it), which the picture need not have again.
+        # The last step ends with the picture. A schedule has a little noise left at the
+        # end (sigma = 0.01 on the linear one), which the picture need not have again.
         if i + 1 == len(log_snrs):
             break
 
@@ -1077,7 +1091,8 @@ class SampleNoise:
         self.device = device
         self.generators = []
         for number in range(first // NOISE_CHUNK, math.ceil((first + count) / NOISE_CHUNK)):
-            # No run has a million chunks, so different `seed` never share a generator.
+            # No run has a million chunks, so different `seed` don't share a generator.
+            # (Very large ones may: the CPU's takes a seed modulo 2^32.)
             generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
             self.generators.append(generator)
 
@@ -1094,10 +1109,10 @@ def generate(
     labels,
     *,
     schedule="cosine",
-    steps=100,
-    eta=1.0,
-    guidance=3.0,
-    clip="dynamic",
+    steps=50,
+    eta=0.6,
+    guidance=2.0,
+    clip="none",
     seed=0,
     start=None,
     batch=250,
@@ -1139,8 +1154,11 @@ def generate(
 
 def slerp(a, b, share):
     """Spherical interpolation [2.3, 39]: (B,...) and (B,...) at share (B,) of the way,
-    each row flattened whole. Between nearly parallel or opposite rows, where it would
-    divide by 0, a straight line.
+    each row flattened whole.
+
+    Noise of 3,072 numbers is nearly always of the same length. The middle of a straight
+    line between two would be 0.7 times as long, a noise that the network has never seen.
+    Between nearly parallel or opposite rows, where it would divide by 0, a straight line.
     """
     flat_a = a.flatten(1)
     flat_b = b.flatten(1)
@@ -1468,9 +1486,9 @@ def fid_mode(settings, net, data):
     """FID [2.4]: `fid_count` samples, classes as in the test set, against all test
     pictures. The paper names no protocol; this is clean-fid's, our choice.
 
-    Prints it with the result, and the floor: as many training pictures against the test
-    pictures. Returns FID. Raises OSError where its network can't be had: that is printed
-    before anything is drawn, and raised when the samples are on disk.
+    Prints FID, the protocol, and the floor, which is the FID of as many training
+    pictures; returns FID. Where its network can't be had it says so at once, draws and
+    saves the samples all the same, then raises OSError.
     """
     device = next(net.parameters()).device
     out = settings.folder()
@@ -1491,7 +1509,6 @@ def fid_mode(settings, net, data):
     save_samples(samples_path, x, labels)
     if missing:
         raise OSError(f"{missing}. The samples are kept in {samples_path}")
-
 
     # The test pictures' statistics and the floor are the same each time: keep them.
     reference_path = out / f"fid-reference-{count}-{data.checksum}.pt"
@@ -1519,7 +1536,8 @@ def fid_mode(settings, net, data):
 
 def schedules_mode(settings):
     """schedules.png: log-SNR against t of the three noise schedules [2.3]."""
-    _, _, out = set_up(settings)
+    out = settings.folder()
+    make_folder(out)
     t = torch.linspace(0, 1, 200)
     curves = {}
     for name in SCHEDULES:

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import csv
 import functools
+import inspect
 import io
 import math
 import os
@@ -684,7 +685,8 @@ def test_recipe_paper():
 
     paper = dict(stem="plain", gate="plain", head="pair", optimiser="adamw")
     assert classifier.PAPER == paper
-    assert diffusion.PAPER["modulate"] == "off"
+    paper = dict(modulate="off", sample_steps=100, eta=1.0, guidance=3.0, clip_x0="dynamic")
+    assert diffusion.PAPER == paper
 
 
 def test_plain_stem():
@@ -2868,6 +2870,15 @@ def test_sampling_options():
     raised(ValueError, diffusion.to_log_snr, torch.zeros(1), "cosin")
     settings = diffusion.Settings(**asked, sample_schedule="linear")
     assert diffusion.sampling_options(settings, device)["schedule"] == "linear"
+
+    # Called from Python without them, generate samples as the command does.
+    usual = diffusion.sampling_options(diffusion.Settings(), device)
+    parameters = inspect.signature(diffusion.generate).parameters
+    for name in ("seed", "schedule", "steps", "eta", "guidance", "clip", "batch"):
+        assert parameters[name].default == usual[name], name
+    parameters = inspect.signature(diffusion.ddim_sample).parameters
+    for name in ("eta", "clip"):
+        assert parameters[name].default == usual[name], name
 
 
 def test_pictures_are_of_the_average():
