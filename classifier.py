@@ -2027,13 +2027,21 @@ def parse(argv):
     modes = ["train", "eval", "predict", "lr-find", "export"]
     parser.add_argument("mode", nargs="?", choices=modes, default="train")
     parser.add_argument("pictures", nargs="*", help="files to predict the classes of")
+    flags = ["--help"]
     for field in dataclasses.fields(Settings):
+        flags.append("--" + field.name.replace("_", "-"))
         parser.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flags[-1],
             type=field.type,
             choices=field.metadata["choices"],
             help=f"{field.metadata['help']}; default {field.default!r}",
         )
+
+    # The value of a flag that there isn't would be taken for the mode.
+    for word in argv:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag not in flags:
+            parser.error(f"there is no {flag}")
     given = vars(parser.parse_intermixed_args(argv))  # files may stand after flags too
     mode = given.pop("mode")
     pictures = given.pop("pictures", [])

@@ -2289,13 +2289,21 @@ def parse(argv):
     )
     modes = "train sample interpolate neighbours fid schedules export".split()
     parser.add_argument("mode", nargs="?", choices=modes, default="train")
+    flags = ["--help"]
     for field in dataclasses.fields(Settings):
+        flags.append("--" + field.name.replace("_", "-"))
         parser.add_argument(
-            "--" + field.name.replace("_", "-"),
+            flags[-1],
             type=field.type,
             choices=field.metadata["choices"],
             help=f"{field.metadata['help']}; default {field.default!r}",
         )
+
+    # The value of a flag that there isn't would be taken for the mode.
+    for word in argv:
+        flag = word.split("=")[0]
+        if flag.startswith("--") and flag not in flags:
+            parser.error(f"there is no {flag}")
     given = vars(parser.parse_args(argv))
     mode = given.pop("mode")
     return mode, given

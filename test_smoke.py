@@ -1870,7 +1870,8 @@ def test_bad_input():
         "--steps 0": "--steps 0",
         "--steps -3": "--steps -3",
         "--steps many": "--steps",
-        "--step=5": "--step=5",
+        "--step=5": "no --step (",
+        "--epochs 5": "no --epochs (",
         "--max-lr nan": "--max-lr nan",
         "--layers 7": "--layers 7",
         "--batch-size 601": "--batch-size 601: there are 600",
@@ -3354,6 +3355,7 @@ def test_diffusion_bad_input():
         "--classes rose": "rose",
         "--clip-x0 hard": "hard",
         "--no-such": "no-such",
+        "--epochs 5": "no --epochs (",
         "sample": "checkpoint.pt",
         "fly": "fly",
     }
