@@ -1091,7 +1091,7 @@ class SampleNoise:
         self.device = device
         self.generators = []
         for number in range(first // NOISE_CHUNK, math.ceil((first + count) / NOISE_CHUNK)):
-            # No run has a million chunks, so different `seed` don't share a generator.
+            # No run has a million chunks, so two values of `seed` share no generator.
             # (Very large ones may: the CPU's takes a seed modulo 2^32.)
             generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
             self.generators.append(generator)
