@@ -16,9 +16,9 @@ from the top:
 
 Result so far, of all 50,000 steps with 64 pictures each, a quarter of the default batch (8 minutes
 of training on an H200, seed 0, 2026-11-26, torch 2.11.0): the velocity loss on test pictures is
-0.1134, where always predicting zero gives 0.645. FID-1280 of 10,000 samples is 3.24, and that of
-10,000 training pictures 0.398 (python diffusion.py fid --sample-steps 25 --sample-seed 2 drew
-them). FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than
+0.1134, where always predicting zero gives 0.645. FID-1280 of 10,000 samples is 3.06, and that of
+10,000 training pictures 0.398 (python diffusion.py fid --sample-seed 2 draws these samples).
+FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than
 FID, and not to be compared with it (.github/experiments.md). The first command, with the full
 batch, has not been run yet. README.md has the log and the pictures.
 
