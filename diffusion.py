@@ -168,10 +168,10 @@ class Settings:
     width: int = setting(0, "channels at 32x32; 0: as many as the budget allows", 0, 512)
     after_injection: str = setting("regular", "after injections", choices=("regular", "separable"))
 
-    # Beyond the paper, and on by default because it helped. Without it width 56 fits.
-    # Validation loss with and without it, seed 0: after equal time 0.140 and 0.147 (840 s
-    # of one CPU core: 892 and 669 steps of 64), after equal steps 0.1350 and 0.1363
-    # (1,500 of 32).
+    # Beyond the paper, and on by default because it helped. Without it width 56 fits,
+    # and a step takes a third longer. After 12,000 steps of 32, seed 0, the validation loss
+    # is 0.1184 with it and 0.1191 without, and FID-1280 of 2,000 samples, drawn as in the
+    # paper in 25 steps, 6.0 and 7.0.
     modulate: str = setting("on", "scale and shift in all blocks", choices=("off", "on"))
     recipe: str = setting("ours", "paper: no modulate, and its sampling", choices=("ours", "paper"))
 
