@@ -11,13 +11,14 @@ from the top:
     python diffusion.py neighbours         the training pictures nearest to samples
     python diffusion.py fid                10,000 samples against the 10,000 test pictures
     python diffusion.py schedules          draw the three noise schedules
-    python diffusion.py export             the averaged weights, in a small file (--weights)
+    python diffusion.py export --weights FILE    the averaged weights, in a small file
     python diffusion.py --help             all settings
 
 Result so far, of all 50,000 steps with 64 pictures each, a quarter of the default batch (8 minutes
 of training on an H200, seed 0, 2026-11-26, torch 2.11.0): the velocity loss on test pictures is
 0.1134, where always predicting zero gives 0.645. FID-1280 of 10,000 samples is 3.06, and that of
-10,000 training pictures 0.398 (python diffusion.py fid --sample-seed 2 draws these samples).
+10,000 training pictures 0.398 (python diffusion.py fid --weights .weights/diffusion.pt
+--sample-seed 2 --device cpu draws these samples, but for rounding, in hours).
 FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than
 FID, and not to be compared with it (.github/experiments.md). The first command, with the full
 batch, has not been run yet. README.md has the log and the pictures.
@@ -157,7 +158,7 @@ class Settings:
     # Validation loss after 840 s of one CPU core, some 890 steps of 64: 0.140 with 2e-3,
     # 0.150 with 1e-3. Not compared at length.
     max_lr: float = setting(2e-3, "peak learning rate, then a cosine to 0", 1e-8, 10.0)
-    warm_up: int = setting(500, "steps in which the rate rises", 1, MAX_STEPS)
+    warm_up: int = setting(500, "steps in which the rate rises; at most a tenth", 1, MAX_STEPS)
     clip_norm: float = setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
     ema: float = setting(0.999, "decay of the averaged weights; rises to it", 0.0, 0.99999)
     label_drop: float = setting(0.1, "share of labels dropped; 0: no guidance", 0.0, 1.0)
@@ -181,11 +182,12 @@ class Settings:
     # The paper samples with DDPM's noise (eta = 1), w = 3 and dynamic clipping, and doesn't
     # say in how many steps. These four score better: FID-1280 of 2,000 samples, of the network
     # trained for 50,000 steps of 64, is 3.67 with them, and 3.89 as in the paper in 100
-    # steps (means of two sampling seeds). Each helps a little. Of the network trained with
-    # 16 per step, sampled in 25 steps, it was 5.13 as in the paper, 5.06 with w = 2, 5.02
-    # with eta = 0.6, 4.97 with w = 2 and no clipping, 4.74 with all three, and 4.66 with 50
-    # steps as well. A network trained less needs guidance more: after 12,000 steps of 32, in
-    # 25 steps but otherwise as in the paper, w = 0, 1, 2, 3 gave 8.1, 6.6, 6.1, 6.0.
+    # steps (means of three and of two sampling seeds). Each helps a little. Of the network
+    # trained with 16 per step, sampled in 25 steps, it was 5.13 as in the paper, 5.06 with
+    # w = 2, 5.02 with eta = 0.6, 4.97 with w = 2 and no clipping, 4.74 with all three, and
+    # 4.66 with 50 steps as well. A network trained less needs guidance more: after 12,000
+    # steps of 32, in 25 steps but otherwise as in the paper, w = 0, 1, 2, 3 gave 8.1, 6.6,
+    # 6.1, 6.0.
     sample_steps: int = setting(50, "denoising steps per sample", 1, 10_000)
     eta: float = setting(0.6, "fresh noise per step; 1: DDPM, 0: DDIM", 0.0, 1.0)
     guidance: float = setting(2.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
@@ -227,7 +229,7 @@ FREE_TO_CHANGE = (
 
 # Defaults for drawn shapes: a small network, minutes on a CPU. The linear schedule dwells
 # on high noise, where shapes form. (With `--recipe paper` as well, the paper's sampling
-# counts; its dynamic clipping washes out bright colours.)
+# counts, on this schedule; its dynamic clipping washes out bright colours.)
 SHAPES = dict(
     width=24,
     steps=1000,
@@ -291,8 +293,8 @@ class ResidualBlock(nn.Module):
 
     `conv` is separable_conv or regular_conv. With `e_width`, an embedding (B,e_width)
     scales and shifts the channels after the second norm. (A separable convolution
-    follows. The paper found one harmful where the embedding is added, see Injection; we
-    saw its artefacts in no variant, that one included.)
+    follows this too. The paper found one harmful after its injections, see Injection. We
+    saw its waves in neither place, but tried the latter in short runs only.)
     """
 
     def __init__(self, channels, conv, e_width=0):
@@ -480,9 +482,9 @@ class UNet(nn.Module):
 
 
 def count_parameters(net):
-    """How many numbers training can change. The averaged weights (EMA) are not counted
-    again: what is kept in the end is one network of this size."""
-    return sum(p.numel() for p in net.parameters() if p.requires_grad)
+    """How many numbers the network has; training changes all of them. The averaged weights
+    (EMA) are not counted again: what is kept in the end is one network of this size."""
+    return sum(p.numel() for p in net.parameters())
 
 
 def parameter_table(net):
@@ -696,9 +698,10 @@ def split(x_t, v, alpha, sigma):
 
 def learning_rate(step, steps, peak, warm_up):
     """Rate of update number `step` (from 0): a cosine from `peak` to 0 over all
-    `steps`, times a ramp from 0 to 1 over the first `warm_up` (our choice). When the
-    ramp ends, the rate is just below the peak, if the warm-up is short beside the run.
+    `steps`, times a ramp from 0 to 1 over the first `warm_up`, or over a tenth of the
+    steps if that is less (our choice). When the ramp ends, the rate is just below the peak.
     """
+    warm_up = min(warm_up, max(1, steps // 10))
     ramp = min(1, (step + 1) / warm_up)
     return peak * ramp * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
@@ -708,10 +711,10 @@ def update_ema(ema_net, net, decay, step):
     """ema_net += (1 - decay) (net - ema_net), weight by weight [2.2, 11, 24], after
     update number `step` (from 0).
 
-    The average leaves out the jitter of the last steps. While the rate is high that
-    counts (0.151 instead of 0.157 after 500 steps); once it has fallen to 0 there is no
-    jitter left. The decay is our choice, and so is its warm-up, at most
-    (1 + step) / (10 + step), so that the average forgets the random start.
+    The average leaves out the jitter of the last steps. While the rate is high that counts
+    (a validation loss of 0.151 instead of 0.157 after 500 of 1,500 steps of 32); once it has
+    fallen to 0 there is no jitter left. The decay is our choice, and so is its warm-up, at
+    most (1 + step) / (10 + step), so that the average forgets the random start.
     """
     decay = min(decay, (1 + step) / (10 + step))
     averages = list(ema_net.parameters())
@@ -758,8 +761,9 @@ def train(settings, command="train(settings), with the same settings"):
 
     # Low-discrepancy t [2.2]: a Sobol sequence, of which each draw falls into a gap
     # that the earlier ones left, so a batch covers [0,1] evenly and the loss estimate
-    # varies less, which often speeds training up [2.3, 19]. (Here its variance is three to
-    # four times smaller, and the loss at the end of a short run the same.) In a batch of
+    # varies less, which often speeds training up [2.3, 19]. (Here its variance is 2.7 times
+    # smaller with 32 pictures per step, 4.4 times with 64, and the loss at the end of a short
+    # run the same.) In a batch of
     # 2^n, row i gets its t from nearly the same part of [0,1] each time, so nothing else
     # may depend on the row: the pictures come in random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
@@ -1009,7 +1013,8 @@ def clip_picture(pred_x0, how, percentile=0.995):
 
     Guidance drives predictions out of [-1,1]. Cutting saturates them; dynamic clipping
     cuts a picture at s = max(1, 99.5th percentile of its |values|) and divides by s
-    (99.5: our choice). With w = 2, "none" scored best: see `clip_x0` in the settings.
+    (99.5: our choice). With w = 2, "none" scored better than "dynamic": see `clip_x0` in
+    the settings.
     """
     if how == "none":
         return pred_x0
@@ -1046,8 +1051,8 @@ def ddim_sample(model, x_t, log_snrs, eta=0.6, clip="none", draw_noise=torch.ran
         if i + 1 == len(log_snrs):
             break
 
-        # And which noise? Not the one that split gives too: the picture has been clipped
-        # since, and picture and noise must still add up to x_t.
+        # And which noise? split returns one as well, but it belongs to the picture before
+        # clipping. Picture and noise must add up to x_t, so it is computed again.
         pred_noise = (x_t - alpha * pred_x0) / sigma
 
         # Of the next level's variance, next_sigma², a part is fresh noise:
@@ -1137,7 +1142,9 @@ def generate(
     for first in range(0, len(labels), batch):
         some = labels[first : first + batch]
         noise = SampleNoise(seed, first, len(some), device)
-        x = noise() if start is None else start[first : first + batch]
+        x = noise()  # drawn in any case, so that the noise of the steps is always the same
+        if start is not None:
+            x = start[first : first + batch]
         with torch.no_grad(), autocast(device, precision):
             model = guided_velocity(net, some, guidance)
             x = ddim_sample(model, x, log_snrs, eta, clip, noise)
