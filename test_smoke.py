@@ -687,8 +687,9 @@ def test_recipe_paper():
     paper = dict(stem="plain", gate="plain", head="pair", optimiser="adamw", batch_size=1024)
     assert classifier.PAPER == paper
 
-    paper = dict(modulate="off", sample_steps=100, eta=1.0, guidance=3.0, clip_x0="dynamic")
-    assert diffusion.PAPER == paper
+    paper = dict(modulate="off", log_snr_shift=0.0)
+    sampling = dict(sample_steps=100, eta=1.0, guidance=3.0, clip_x0="dynamic")
+    assert diffusion.PAPER == {**paper, **sampling}
 
     # Drawn shapes are learned in small batches, with the paper's recipe too.
     drawn = classifier.choose_settings(data="shapes", recipe="paper")
@@ -1391,7 +1392,7 @@ def test_free_to_change():
         "clip_norm randaugment_ops randaugment_magnitude block activation layers tied "
         "positions downsample width stem gate head optimiser",
         diffusion: "seed steps batch_size max_lr warm_up clip_norm ema "
-        "label_drop schedule timesteps width after_injection modulate",
+        "label_drop schedule timesteps log_snr_shift width after_injection modulate",
     }
     for module, names in shaping.items():
         fields = set(module.Settings.__dataclass_fields__)
@@ -2453,6 +2454,43 @@ def test_timesteps():
         assert len(times) == 4
         for t, following in zip(times, times[1:]):
             assert not torch.equal(t, following)
+
+
+def noise_levels(shift):
+    """The log-SNRs of two training steps and of a validation with --log-snr-shift, in one
+    tensor each: those that the network was told of, and those that its pictures had."""
+    told = {True: [], False: []}
+    noised = []
+    forward = diffusion.UNet.forward
+    scales = diffusion.to_alpha_sigma
+
+    def noting_told(net, x, log_snr, labels):
+        told[net.training].append(log_snr.clone())
+        return forward(net, x, log_snr, labels)
+
+    def noting_noised(log_snr):
+        noised.append(log_snr.clone())
+        return scales(log_snr)
+
+    with small_run(diffusion) as (monkey, out):
+        monkey(diffusion.UNet, "forward", noting_told)
+        monkey(diffusion, "to_alpha_sigma", noting_noised)
+        monkey(diffusion, "show_results", nothing)
+        flags = [*SMALL, "--steps", 2, "--log-snr-shift", shift, "--out", out]
+        run(diffusion, *flags)
+    assert len(told[True]) == 2 and told[False]
+    return torch.cat(told[True]), torch.cat(told[False]), torch.cat(noised)
+
+
+def test_log_snr_shift():
+    """Training sees cleaner pictures by the shift, and the network is told so; validation
+    stays as it was, so that runs compare."""
+    training, validation, noised = noise_levels(1.5)
+    assert torch.equal(noised, torch.cat([training, validation]))
+
+    unshifted, same_validation, _ = noise_levels(0)
+    assert_close(training, unshifted + 1.5)
+    assert torch.equal(validation, same_validation)
 
 
 def diffusion_batches(seed):
