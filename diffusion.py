@@ -16,12 +16,15 @@ from the top:
 
 Result so far, of all 50,000 steps with 64 pictures each, a quarter of the default batch, and
 without a shift of the noise (--batch-size 64 --log-snr-shift 0; 8 minutes of training on an
-H200, seed 0, 2026-11-26, torch 2.11.0): the velocity loss on test pictures is 0.1134, where always predicting zero gives 0.645. FID-1280 of 10,000 samples is 3.06, and that of
-10,000 training pictures 0.398 (python diffusion.py fid --weights .weights/diffusion.pt
---sample-seed 2 --device cpu draws these samples, but for rounding, in hours).
+H200, seed 0, 2026-11-26, torch 2.11.0): the velocity loss on test pictures is 0.1134, where
+always predicting zero gives 0.645. FID-1280 of 10,000 samples is 3.06, and that of 10,000
+training pictures 0.398. In some hours this draws these samples, but for rounding:
+
+    python diffusion.py fid --weights .weights/diffusion.pt --sample-seed 2 --device cpu
+
 FID-1280 is the Fréchet distance in an earlier layer of the FID network: much smaller than
-FID, and not to be compared with it (.github/experiments.md). The first command, with the full
-batch, has not been run yet. README.md has the log and the pictures.
+FID, and not to be compared with it (.github/experiments.md). The first command as it stands
+has not been run yet. README.md has the log and the pictures.
 
 A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
 on where it stopped. In the modes sample, interpolate, neighbours and fid a setting without a
