@@ -782,9 +782,8 @@ def train(settings, command="train(settings), with the same settings"):
     # that the earlier ones left, so a batch covers [0,1] evenly and the loss estimate
     # varies less, which often speeds training up [2.3, 19]. (Here its variance is 2.7 times
     # smaller with 32 pictures per step, 4.4 times with 64, and the loss at the end of a short
-    # run the same.) In a batch of
-    # 2^n, row i gets its t from nearly the same part of [0,1] each time, so nothing else
-    # may depend on the row: the pictures come in random order.
+    # run the same.) In a batch of 2^n, row i gets its t from nearly the same part of [0,1]
+    # each time, so nothing else may depend on the row: the pictures come in random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
 
     # All other random numbers come from one generator on the device; sampling has its

@@ -2457,8 +2457,8 @@ def test_timesteps():
 
 
 def noise_levels(shift):
-    """The log-SNRs of two training steps and of a validation with --log-snr-shift, in one
-    tensor each: those that the network was told of, and those that its pictures had."""
+    """Log-SNRs with --log-snr-shift, in three tensors: what the network was told in two
+    training steps, what in a validation, and what its pictures had in both."""
     told = {True: [], False: []}
     noised = []
     forward = diffusion.UNet.forward
