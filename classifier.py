@@ -169,7 +169,7 @@ class Settings:
     # than a pixel and posterise keeps all bits, so that with identity four of the fourteen
     # operations change nothing. Yet an earlier version of this network, after 800 steps of
     # 128, was 1.4 points worse without it. With both, this augmentation and this weight
-    # decay, the test accuracy is 68.5 % where it was 67.1 (10,000 steps of 256).
+    # decay, the test accuracy is 68.5 % where it was 67.1 (10,000 steps of 256, seed 0).
     randaugment_ops: int = setting(2, "RandAugment operations per picture; 0: none", 0, 10)
     randaugment_magnitude: int = setting(6, "RandAugment magnitude", 0, 30)
 
@@ -2091,7 +2091,7 @@ def run(argv):
 
 
 LESS_MEMORY = (
-    "out of memory: training with a quarter of --batch-size takes about a quarter of it (give "
+    "out of memory: training with a quarter of --batch-size takes less than half of it (give "
     "that run another --out); eval and predict run on a CPU too, with --device cpu"
 )
 

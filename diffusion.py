@@ -18,7 +18,7 @@ Result so far, of all 50,000 steps with 64 pictures each, a quarter of the defau
 without a shift of the noise (--batch-size 64 --log-snr-shift 0; 8 minutes of training on an
 H200, seed 0, 2026-11-26, torch 2.11.0): the velocity loss on test pictures is 0.1134, where
 always predicting zero gives 0.645. FID-1280 of 10,000 samples is 3.06, and that of 10,000
-training pictures 0.398. In some hours this draws these samples, but for rounding:
+training pictures 0.398. In an hour or two this draws these samples, but for rounding:
 
     python diffusion.py fid --weights .weights/diffusion.pt --sample-seed 2 --device cpu
 
@@ -2374,7 +2374,7 @@ def run(argv):
 
 
 LESS_MEMORY = (
-    "out of memory: training with a quarter of --batch-size takes about a quarter of it (give "
+    "out of memory: training with a quarter of --batch-size takes less than half of it (give "
     "that run another --out); sampling takes less with a smaller --sample-batch"
 )
 
