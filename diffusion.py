@@ -2385,6 +2385,8 @@ def main(argv=None):
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError, AssertionError) as error:
+        if not str(error):  # an assert that says nothing: its place is all there is to tell
+            raise
         sys.exit(f"error: {error}")
     except RuntimeError as error:
         # CUDA, its libraries, Apple's GPUs and the CPU each say it in their own words.

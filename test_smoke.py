@@ -78,6 +78,12 @@ def run(module, *argv):
     return result, text.getvalue()
 
 
+def run_quietly(function, *args):
+    """What a function returns; what it prints is dropped."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return function(*args)
+
+
 def raised(kind, function, *args, **kwargs):
     """The exception of that kind that a call ends with; fails if there is none, or none
     with a text. What the call prints is dropped."""
@@ -544,6 +550,60 @@ def test_variants_step():
             assert not torch.equal(weight, old), (variant, name)
 
 
+def network_arguments(module, network, **given):
+    """The arguments with which build_network makes the network of these settings: width
+    and all after it."""
+    kind = getattr(module, network)
+    seen = []
+
+    def noting(classes, width, **variant):
+        assert classes == 100
+        seen.append(dict(variant, width=width))
+        return kind(classes, width, **variant)
+
+    with patched() as monkey:
+        monkey(module, network, noting)
+        module.build_network(module.choose_settings(**given), 100)
+    (arguments,) = seen
+    return arguments
+
+
+def test_network_settings_arrive():
+    """Every setting of the network reaches it, each by itself; without any the network is
+    the one that its class builds by default."""
+    cases = [
+        dict(layers=2),
+        dict(tied="off"),
+        dict(block="gpt2"),
+        dict(activation="gelu"),
+        dict(positions="learned"),
+        dict(downsample="strided"),
+        dict(stem="plain"),
+        dict(gate="plain"),
+        dict(head="pair"),
+    ]
+    check_arguments(classifier, "Classifier", cases)
+    check_arguments(diffusion, "UNet", [dict(after_injection="separable"), dict(modulate="off")])
+
+
+def check_arguments(module, network, cases):
+    """Each of the settings `cases` changes the argument of its name, and no other, from
+    the default of the network's class."""
+    defaults = {}
+    for name, parameter in inspect.signature(getattr(module, network)).parameters.items():
+        if name not in ("classes", "e_width"):
+            defaults[name] = parameter.default
+    defaults["width"] = 16
+    assert network_arguments(module, network, width=16) == defaults
+
+    together = dict(item for case in cases for item in case.items())
+    for case in [*cases, together]:
+        changed = {}
+        for name, value in case.items():
+            changed[name] = value == "on" if value in ("on", "off") else value
+        assert network_arguments(module, network, width=16, **case) == {**defaults, **changed}
+
+
 def test_tying_is_real():
     """Four applications and one set of weights, whose gradient is the sum over the
     applications."""
@@ -848,11 +908,33 @@ def test_augment():
     assert {flip for _, _, flip in seen} == {0, 1}
 
 
+def test_crop_and_mirror():
+    """Shifts by -4 to 4 pixels, both ways, and mirror images are all equally likely."""
+    torch.manual_seed(0)
+    x = torch.zeros(9000, 3, 11, 11, dtype=torch.uint8)
+    x[:, :, 5, 5] = 255
+    x[:, :, 5, 6] = 100
+    result = classifier.random_crop_and_flip(x)[:, 0]
+    row = (result == 255).any(dim=2).long().argmax(dim=1)
+    column = (result == 255).any(dim=1).long().argmax(dim=1)
+    beside = (result == 100).any(dim=1).long().argmax(dim=1)
+    mirrored = beside < column
+    assert torch.equal(beside, torch.where(mirrored, column - 1, column + 1))
+
+    # 1,000 of each are expected, and six standard deviations are 180.
+    for place in (row, column):
+        counts = place.bincount(minlength=11)
+        assert counts[0] == counts[10] == 0
+        assert (counts[1:10] - 1000).abs().max() < 180
+    assert abs(mirrored.float().mean() - 0.5) < 0.03
+
+
 def test_randaugment_pixels():
     """What torchvision's RandAugment makes of a picture over many draws is what our
     operations make of it, each with each sign: the same set of pictures, to the bit."""
     torch.manual_seed(0)
-    x = random_bytes(1, 3, 32, 32)
+    x = random_bytes(1, 3, 32, 32) // 2 + 40  # so that autocontrast has something to do
+    assert (classifier.apply_operation(x, "autocontrast", 9, 1) != x).any()
     for magnitude in (2, 9, 20):
         reference = v2.RandAugment(1, magnitude)
         theirs = set()
@@ -1153,6 +1235,25 @@ def test_weight_decay_groups():
         assert count == parameter_count(net)
 
 
+def test_optimiser_is_used():
+    """Training has the optimiser that was asked for: with Muon's running means, or with
+    AdamW's squares for all weights, as in the paper's recipe."""
+    for flags, muon in [
+        ([], True),
+        (["--optimiser", "muon"], True),
+        (["--optimiser", "adamw"], False),
+        (["--recipe", "paper"], False),
+    ]:
+        with small_run(classifier) as (monkey, out):
+            without_results(classifier, monkey)
+            run(classifier, *TINY, *flags, "--steps", 1, "--out", out)
+            state = load_state(out)
+        squares = ["exp_avg_sq" in kept for kept in state["optimiser"]["state"].values()]
+        means = ["mean" in kept for kept in state["optimiser"]["state"].values()]
+        assert any(means) == muon, flags
+        assert all(squares) == (not muon), flags
+
+
 def test_label_smoothing_and_clip():
     """What train() minimises is the smoothed cross-entropy, and no gradient is longer
     than asked."""
@@ -1318,9 +1419,15 @@ def test_report():
     assert abs(scores["val_acc"] - 0.5) < 1e-6
     assert abs(scores["val_loss"] - loss(val_x, val_y)) < 1e-4
 
-    settings = classifier.Settings(holdout=200, label_smoothing=0.4)
+    given = dict(randaugment_ops=3, randaugment_magnitude=11)
+    settings = classifier.Settings(holdout=200, label_smoothing=0.4, **given)
+
+    def blackened(x, operations, magnitude):
+        assert (operations, magnitude) == (3, 11)
+        return torch.zeros_like(x)
+
     with patched() as monkey:
-        monkey(classifier, "augment", lambda x, *how: torch.zeros_like(x))
+        monkey(classifier, "augment", blackened)
         text = classifier.report(net, data, settings, *scale, with_test=True)
     trained = loss(torch.zeros_like(train_x), train_y, label_smoothing=0.4)
     assert f"train loss: {loss(train_x, train_y):.3f}, " in text
@@ -1457,6 +1564,75 @@ def test_plot_of_one_point():
         assert dots[1] > dots[0] + 10
 
 
+def test_plot_of_two_points():
+    """In a plot, right is more and up is more."""
+    for module in MODULES:
+        with tempfile.TemporaryDirectory() as out:
+            path = Path(out) / "plot.png"
+            axes = module.Axis("x", 0, 10), module.Axis("y", 0, 10)
+            module.plot(path, {"": [(1, 9)], " ": [(9, 2)]}, "title", *axes)
+            pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+        places = []
+        for colour in [(209, 73, 91), (0, 121, 140)]:
+            dot = abs(pixels - colour).max(axis=2) < 40
+            down, across = np.argwhere(dot).mean(axis=0)
+            places.append((across, down))
+        (across1, down1), (across2, down2) = places
+        assert across1 < 200 and down1 < 130
+        assert across2 > 550 and down2 > 250
+
+
+def test_predictions_picture():
+    """Each picture stands over its true name, and the name it was given is green if that
+    is right and red if not."""
+    torch.manual_seed(0)
+    x = random_bytes(40, 3, 32, 32)
+    y = torch.zeros(40, dtype=torch.int64)
+    y[::3] = 1
+    data = classifier.Data(x, y, x, y, x, y, ["apple", "rose"], 0)
+    mean = torch.rand(3, 1, 1)
+    std = torch.rand(3, 1, 1) + 0.5
+    inputs = []
+
+    class AlwaysApple(torch.nn.Module):
+        def forward(self, x):
+            inputs.append(x)
+            return torch.tensor([1.0, 0.0]).expand(len(x), 2)
+
+    with tempfile.TemporaryDirectory() as out:
+        path = Path(out) / "predictions.png"
+        classifier.draw_predictions(path, AlwaysApple(), data, mean, std, torch.float32)
+        pixels = np.asarray(Image.open(path)).astype(int)
+    assert_close(inputs[0], (x.float() / 255 - mean) / std)
+
+    for i in range(40):
+        tile = pixels[i // 8 * 160 :, i % 8 * 140 :][:160, :140]
+        middles = (torch.arange(32) * 3.5 + 1.5).long()  # of 3.5 pixels each
+        shown = torch.from_numpy(tile[8:120, 14:126]).permute(2, 0, 1)
+        assert torch.equal(shown[:, middles][:, :, middles], x[i].long())
+        name = tile[138:156]
+        green = (abs(name - (26, 127, 55)).max(axis=2) < 60).any()
+        red = (abs(name - (198, 40, 40)).max(axis=2) < 60).any()
+        assert (green, red) == (y[i] == 0, y[i] == 1), i
+
+
+def test_grid_picture():
+    """A grid shows the pictures row by row, upright, in their own colours."""
+    torch.manual_seed(0)
+    x = random_bytes(6, 3, 32, 32)
+    with tempfile.TemporaryDirectory() as out:
+        path = Path(out) / "grid.png"
+        diffusion.save_grid(path, x, columns=3)
+        pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+    assert pixels.shape == (3, 2 * (1 + 2 * 33), 2 * (1 + 3 * 33))
+    for i, picture in enumerate(x):
+        top = 2 * (1 + i // 3 * 33)
+        left = 2 * (1 + i % 3 * 33)
+        shown = pixels[:, top : top + 64, left : left + 64]
+        assert torch.equal(shown[:, ::2, ::2], picture)
+        assert torch.equal(shown[:, 1::2, 1::2], picture)
+
+
 def test_second_signal():
     """A first signal of either kind is noted; a second one acts as ever."""
     # Where this runs in the background, Ctrl-C may be switched off.
@@ -1504,7 +1680,7 @@ def test_killed_process_resumes():
 
 def test_learns_shapes():
     """A few seconds of training beat chance (1 %) many times over, on pictures never
-    seen."""
+    seen, and tell shapes too, which are a tenth each: colour alone would not do."""
     flags = (
         "--data shapes --width 24 --layers 1 --steps 100 --batch-size 50 --max-lr 0.02"
     ).split()
@@ -1513,6 +1689,14 @@ def test_learns_shapes():
         with (out / "log.csv").open() as file:
             last = list(csv.DictReader(file))[-1]
         assert float(last["val_acc"]) > 0.10, last
+
+        net = classifier.Classifier(width=24, layers=1).eval()
+        state = load_state(out)
+        net.load_state_dict(state["net"])
+        data = classifier.load_data("shapes")
+        x = classifier.normalise(data.test_x, state["mean"], state["std"])
+        right = net(x).argmax(dim=1) // 10 == data.test_y // 10
+        assert right.float().mean() > 0.2, right.float().mean()
         assert is_picture(out / "curve.png")
         assert is_picture(out / "predictions.png")
 
@@ -1725,6 +1909,36 @@ def test_exported_classifier():
         assert "step 25, has not been validated" in message
 
 
+def test_weights_in_this_repository():
+    """The weights that come with the scripts fit them, and both networks still compute what
+    they did when these were made: the classifier knows an apple, and the velocity loss on
+    the apple is the same at five levels of noise."""
+    picture = HERE / ".github" / "apple.png"
+    weights = HERE / ".weights"
+    flags = ["predict", "--weights", weights / "classifier.pt", picture]
+    (name,), text = run(classifier, *flags)
+    assert name == "apple"
+    assert abs(float(re.search(r"apple ([0-9.]+)%", text)[1]) - 89.5) < 0.5
+
+    with tempfile.TemporaryDirectory() as out:
+        given = dict(weights=str(weights / "diffusion.pt"), out=out, device="cpu")
+        settings = diffusion.checkpoint_settings(**given)
+        net, names = run_quietly(diffusion.open_network, settings, 1)
+    x = diffusion.to_model(classifier.open_picture(picture)).expand(16, -1, -1, -1)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.full((16,), names.index("apple"))
+
+    # Measured when this test was written (torch 2.14.1). With bilinear instead of nearest
+    # doubling the second would be 0.1173.
+    expected = {8.0: 0.43685, 4.0: 0.11509, 0.0: 0.03949, -4.0: 0.15706, -8.0: 0.35122}
+    for level, loss in expected.items():
+        log_snr = torch.full((16,), level)
+        scales = diffusion.to_alpha_sigma(log_snr)
+        pred_v = net(diffusion.add_noise(x, noise, *scales), log_snr, labels)
+        error = diffusion.velocity(x, noise, *scales) - pred_v
+        assert_close(error.square().mean(), torch.tensor(loss), rtol=1e-3, atol=0)
+
+
 def test_exported_diffusion():
     """The exported averaged weights draw, without run and data set, what the checkpoint
     draws, but for the rounding."""
@@ -1776,15 +1990,37 @@ def test_exported_diffusion():
 
 def test_lr_find():
     """The range test proposes a rate, draws its curve, and writes no checkpoint."""
-    used = []
+    used, pictures, norms = [], [], []
     step = torch.optim.AdamW.step
+    augment = classifier.augment
+    clip = torch.nn.utils.clip_grad_norm_
+    cross_entropy = F.cross_entropy
 
     def noting(self):
         used.append([group["lr"] for group in self.param_groups])
         return step(self)
 
+    def noting_augment(x, operations, magnitude):
+        pictures.append(x)
+        assert (operations, magnitude) == (1, 2)
+        return augment(x, operations, magnitude)
+
+    def noting_loss(logits, y, label_smoothing):
+        numbers = picture_numbers(pictures[-1], data.train_x)
+        assert torch.equal(y, data.train_y[numbers])
+        assert label_smoothing == 0.1
+        return cross_entropy(logits, y, label_smoothing=label_smoothing)
+
+    def noting_clip(parameters, norm):
+        norms.append(norm)
+        return clip(parameters, norm)
+
     with small_run(classifier) as (monkey, out):
+        data = classifier.load_data("shapes")
         monkey(torch.optim.AdamW, "step", noting)
+        monkey(classifier, "augment", noting_augment)
+        monkey(F, "cross_entropy", noting_loss)
+        monkey(torch.nn.utils, "clip_grad_norm_", noting_clip)
         peak, text = run(classifier, "lr-find", *TINY, "--steps", 40, "--out", out)
         assert "proposed: --max-lr" in text
 
@@ -1799,6 +2035,7 @@ def test_lr_find():
         assert_close(torch.tensor(rates).log10(), exponents, atol=0.01, rtol=0)
         least = [rate for rate, loss in zip(rates, losses) if loss == min(losses)]
         assert min(abs(peak / (rate / 3) - 1) for rate in least) < 0.01
+        assert norms == [1.0] * 40
         assert is_picture(out / "lr_find.png")
         assert not (out / "checkpoint.pt").exists()
 
@@ -1818,30 +2055,37 @@ def test_compile_falls_back():
         assert "3/3" in text
 
 
-def test_not_finite_stops():
-    """A loss that is not finite stops the run with advice and keeps the last good
-    checkpoint."""
-    cross_entropy = F.cross_entropy
+def nan_at_call(number, function):
+    """`function`, whose result is not a number from call `number` on."""
     calls = []
 
-    def breaking(logits, y, **kwargs):
-        loss = cross_entropy(logits, y, **kwargs)
-        if logits.requires_grad:
-            calls.append(loss)
-            if len(calls) == 13:
-                loss = loss * math.nan
-        return loss
+    def breaking(*args, **kwargs):
+        calls.append(number)
+        result = function(*args, **kwargs)
+        return result * math.nan if len(calls) >= number else result
 
-    with small_run(classifier) as (monkey, out):
-        monkey(F, "cross_entropy", breaking)
-        flags = [*TINY, "--eval-every", 10, "--steps", 40]
-        message = refused(classifier, *flags, "--out", out)
-        assert "not finite" in message
-        assert "--max-lr" in message
+    return breaking
 
-        state = load_state(out)
-        assert state["step"] == 10
-        assert torch.isfinite(state["net"]["head.weight"]).all()
+
+def test_not_finite_stops():
+    """A loss that is not finite stops the run with advice and keeps the last good
+    checkpoint; both scripts."""
+    cases = [
+        (classifier, TINY, F, "cross_entropy", dict(train_acc=0.0, val_acc=0.0)),
+        (diffusion, SMALL, diffusion, "velocity", no_scores()),
+    ]
+    for module, flags, place, name, scores in cases:
+        with small_run(module) as (monkey, out):
+            monkey(module, "validate", lambda *args: scores)
+            monkey(place, name, nan_at_call(13, getattr(place, name)))
+            flags = [*flags, "--eval-every", 10, "--steps", 40]
+            message = refused(module, *flags, "--out", out)
+            assert "not finite at step 15" in message
+            assert "--max-lr" in message
+
+            state = load_state(out)
+            assert state["step"] == 10
+            assert all(torch.isfinite(weight).all() for weight in state["net"].values())
 
 
 def check_refused(module, cases, out):
@@ -2003,7 +2247,8 @@ def test_another_machine():
 
 
 def test_no_cudnn_attention():
-    """cuDNN's attention, which can give NaN gradients, is off in every mode."""
+    """cuDNN's attention, which can give NaN gradients, is off wherever networks are
+    trained or measured."""
     for module in MODULES:
         with tempfile.TemporaryDirectory() as out:
             torch.backends.cuda.enable_cudnn_sdp(True)
@@ -2042,6 +2287,51 @@ def test_progress_line():
             with contextlib.redirect_stdout(text):
                 log.show(True)
             assert text.getvalue().endswith(f"left {left}\n")
+
+
+def test_speed():
+    """Speed is pictures per second of training alone: what comes between a row of the log
+    and the next start of the clock is not counted."""
+    for module in MODULES:
+        log = module.TrainingLog(Path("none"), 1000, 20, torch.device("cpu"))
+        net = torch.nn.Linear(2, 2)
+        clock = SimpleNamespace(perf_counter=lambda: seconds)
+        with patched() as monkey:
+            monkey(module, "time", clock)
+            seconds = 100.0
+            log.start_clock(5)
+            seconds = 102.0
+            log.new_row(15, 0.1, net)
+            seconds = 150.0
+            log.start_clock(15)
+            seconds = 151.0
+            log.new_row(25, 0.1, net)
+        assert [row["images_per_s"] for row in log.rows] == [100.0, 200.0]
+        assert log.seconds == 3.0
+
+
+def test_clock_leaves_out_validation():
+    """In a run, the time that validation takes is not counted as training."""
+    for module, flags in [(classifier, TINY), (diffusion, SMALL)]:
+        names = []
+        add_scores = module.TrainingLog.add_scores
+        start_clock = module.TrainingLog.start_clock
+
+        def noting_scores(log, scores):
+            names.append("validated")
+            add_scores(log, scores)
+
+        def noting_start(log, step):
+            names.append(step)
+            start_clock(log, step)
+
+        with small_run(module) as (monkey, out):
+            without_results(module, monkey)
+            monkey(module.TrainingLog, "add_scores", noting_scores)
+            monkey(module.TrainingLog, "start_clock", noting_start)
+            flags = [*flags, "--log-every", 1, "--eval-every", 2, "--steps", 3]
+            run(module, *flags, "--out", out)
+        assert names == [0, 1, "validated", 2, "validated", 3]
 
 
 def test_command_line():
@@ -2107,10 +2397,23 @@ def test_mistakes_in_code_are_traced():
             error = raised(ValueError, run, module, *flags)
             assert "unpack" in str(error)
 
+            # An assert without a text says nothing but where it stands.
+            monkey(getattr(module, network), "forward", claims_wrongly)
+            try:
+                run(module, *flags)
+            except AssertionError as error:
+                place = traceback.extract_tb(error.__traceback__)[-1]
+            assert place.name == "claims_wrongly"
+
 
 def unpacks_wrongly(net, *inputs):
     """A forward method with a mistake."""
     a, b = 1, 2, 3
+
+
+def claims_wrongly(net, *inputs):
+    """A forward method with another."""
+    assert inputs is None
 
 
 # --------------------------------------------------------------------------------------
@@ -2456,13 +2759,20 @@ def test_timesteps():
             assert not torch.equal(t, following)
 
 
-def noise_levels(shift):
+def noise_levels(shift, schedule="linear"):
     """Log-SNRs with --log-snr-shift, in three tensors: what the network was told in two
-    training steps, what in a validation, and what its pictures had in both."""
+    training steps, what in a validation, and what its pictures had in both; then the times
+    of both."""
     told = {True: [], False: []}
     noised = []
+    times = []
     forward = diffusion.UNet.forward
     scales = diffusion.to_alpha_sigma
+    convert = diffusion.to_log_snr
+
+    def noting_times(t, name):
+        times.append(t.clone())
+        return convert(t, name)
 
     def noting_told(net, x, log_snr, labels):
         told[net.training].append(log_snr.clone())
@@ -2475,22 +2785,36 @@ def noise_levels(shift):
     with small_run(diffusion) as (monkey, out):
         monkey(diffusion.UNet, "forward", noting_told)
         monkey(diffusion, "to_alpha_sigma", noting_noised)
+        monkey(diffusion, "to_log_snr", noting_times)
         monkey(diffusion, "show_results", nothing)
-        flags = [*SMALL, "--steps", 2, "--log-snr-shift", shift, "--out", out]
-        run(diffusion, *flags)
+        flags = ["--steps", 2, "--log-snr-shift", shift, "--schedule", schedule]
+        run(diffusion, *SMALL, *flags, "--out", out)
     assert len(told[True]) == 2 and told[False]
-    return torch.cat(told[True]), torch.cat(told[False]), torch.cat(noised)
+    levels = torch.cat(told[True]), torch.cat(told[False]), torch.cat(noised)
+    return *levels, torch.cat(times)
 
 
 def test_log_snr_shift():
     """Training sees cleaner pictures by the shift, and the network is told so; validation
     stays as it was, so that runs compare."""
-    training, validation, noised = noise_levels(1.5)
+    training, validation, noised, _ = noise_levels(1.5)
     assert torch.equal(noised, torch.cat([training, validation]))
 
-    unshifted, same_validation, _ = noise_levels(0)
+    unshifted, same_validation, _, _ = noise_levels(0)
     assert_close(training, unshifted + 1.5)
     assert torch.equal(validation, same_validation)
+
+
+def test_schedule_is_used():
+    """Training and validation noise the pictures as the schedule asked for says."""
+    schedules = dict(
+        cosine=diffusion.cosine_schedule,
+        linear=diffusion.linear_schedule,
+        spliced=diffusion.spliced_schedule,
+    )
+    for name, schedule in schedules.items():
+        _, _, noised, times = noise_levels(0, name)
+        assert_close(noised, schedule(times))
 
 
 def diffusion_batches(seed):
@@ -2575,15 +2899,16 @@ def test_diffusion_optimiser():
         rates.append(group["lr"])
         return step(self)
 
-    flags = [*SMALL, "--max-lr", 0.01, "--warm-up", 2, "--steps", 6]
+    flags = [*SMALL, "--max-lr", 0.01, "--warm-up", 3, "--steps", 40]
     with small_run(diffusion) as (monkey, root):
         without_results(diffusion, monkey)
+        monkey(diffusion, "validate", no_scores)
         monkey(torch.optim.Adam, "step", noting)
         run(diffusion, *flags, "--out", root)
         state = load_state(root)
-    assert len(rates) == 6
+    assert len(rates) == 40
     for i, rate in enumerate(rates):
-        assert abs(rate - diffusion.learning_rate(i, 6, 0.01, 2)) < 1e-9
+        assert abs(rate - diffusion.learning_rate(i, 40, 0.01, 3)) < 1e-9
     assert state["log"]["rows"][-1]["lr"] == rates[-1]
 
     group = used[0]
@@ -2732,8 +3057,22 @@ def test_modulation():
 
 
 def test_classifier_by_formula():
-    """The encoder layer normalises before each half; positions and activations are
-    those asked for."""
+    """The encoder layer normalises before each half; each half of a depthwise-separable
+    convolution has its norm and activation; tokens are places; positions and activations
+    are those asked for."""
+    first, norm1, act1, second, norm2, act2 = layer = classifier.depthwise_separable(6, 10)
+    x = torch.randn(4, 6, 5, 5)
+    h = F.silu(norm1(first(x)))
+    assert_close(layer(x), F.silu(norm2(second(h))))
+    assert type(act1) is type(act2) is torch.nn.SiLU
+
+    net = classifier.Classifier(width=16, layers=1).eval()
+    x = torch.randn(2, 3, 32, 32)
+    stem = net.stem(x)
+    tokens = [stem[:, :, place // 8, place % 8] for place in range(64)]
+    tokens = net.encoder[0](torch.stack(tokens, dim=1) + net.positions)
+    assert_close(net(x), net.head(net.norm(tokens).mean(dim=1)))
+
     layer = classifier.EncoderLayer(24)
     x = torch.randn(2, 9, 24)
     middle = x + layer.attention(layer.norm1(x))
@@ -2944,7 +3283,7 @@ def test_sampling_options():
 def test_pictures_are_of_the_average():
     """Grids during training and all that follows it are drawn by the averaged network;
     a grid has one row per class."""
-    drawn, shown = [], []
+    drawn, shown, widths = [], [], []
 
     def noting_generate(net, labels, **options):
         drawn.append((weight_copies(net), labels.tolist()))
@@ -2964,6 +3303,7 @@ def test_pictures_are_of_the_average():
             save(*args)
             averages.append(list(load_state(out)["ema"].values()))
 
+        monkey(diffusion, "save_grid", lambda path, x, columns: widths.append(columns))
         monkey(diffusion, "save_checkpoint", noting_save)
         run(diffusion, *SMALL, *flags)
     weights, labels = drawn[0]
@@ -2972,6 +3312,7 @@ def test_pictures_are_of_the_average():
     assert same(shown[0], averages[1])
     assert labels == [number for number in labels[::10] for _ in range(10)]
     assert len(set(labels)) == 10
+    assert widths == [10]
 
 
 def test_no_guidance_without_dropped_labels():
@@ -2982,6 +3323,35 @@ def test_no_guidance_without_dropped_labels():
         settings = diffusion.Settings(label_drop=label_drop, guidance=3.0)
         options = diffusion.sampling_options(settings, device)
         assert options["guidance"] == guidance
+
+
+def test_default_classes():
+    """Where no class is asked for, samples go through all of them, in an order that the
+    seed of sampling decides, and both ends of an interpolation differ."""
+    names = [str(number) for number in range(100)]
+    orders = []
+    for seed in (0, 1):
+        settings = diffusion.Settings(sample_seed=seed)
+        labels = diffusion.pick_labels(settings, names, 130, "cpu").tolist()
+        assert sorted(labels[:100]) == list(range(100))
+        assert labels[100:] == labels[:30]
+        orders.append(labels)
+    assert orders[0] != orders[1]
+
+    pairs = []
+
+    def noting_pairs(net, ends, labels, **options):
+        pairs.append((ends, labels))
+        return random_bytes(80, 3, 32, 32)
+
+    with patched() as monkey, tempfile.TemporaryDirectory() as out:
+        monkey(diffusion, "interpolate", noting_pairs)
+        settings = diffusion.Settings(out=out)
+        run_quietly(diffusion.interpolate_mode, settings, tiny_unet(), names)
+    ((ends, labels),) = pairs
+    assert ends.shape == (2, 8, 3, 32, 32)
+    assert labels.shape == (2, 8)
+    assert len(set(labels.flatten().tolist())) == 16
 
 
 def test_interpolation_ends():
@@ -3002,15 +3372,22 @@ def test_interpolation_ends():
     # Along the sphere: noise in the middle is as long as at the ends. A straight line
     # would have 0.7 of it.
     starts = []
+    classes = []
 
     def noting_generate(net, embeddings, *, start, **options):
         starts.append(start)
+        classes.append(embeddings)
 
     with patched() as monkey:
         monkey(diffusion, "generate", noting_generate)
         diffusion.interpolate(net, ends, labels, count=3, **how)
     lengths = starts[0].flatten(1).norm(dim=1).view(3, 3)
     assert (lengths[:, 1] / lengths.mean(dim=1) - 1).abs().max() < 0.05
+
+    # So do the classes.
+    left, right = net.embed(labels)
+    half = torch.full((3,), 0.5)
+    assert_close(classes[0].view(3, 3, -1)[:, 1], diffusion.slerp(left, right, half))
 
 
 def exact_distances(queries, pictures):
@@ -3334,6 +3711,54 @@ def test_signal_in_last_validation():
             without_results(module, monkey)
             _, text = run(module, *flags)
             assert "2 of 2 steps" in text
+
+
+def test_diffusion_loss_and_clip():
+    """What train() minimises is Eq. (3), the mean square of the velocity's error, and the
+    gradient that Adam takes is no longer than asked, in fp16 too, where it was scaled."""
+    velocity = diffusion.velocity
+    forward = diffusion.UNet.forward
+    add = diffusion.TrainingLog.add
+    step = torch.optim.Adam.step
+    wanted, predicted, losses, norms = [], [], [], []
+
+    def noting_velocity(*args):
+        wanted.append(velocity(*args))
+        return wanted[-1]
+
+    def noting_forward(net, *inputs):
+        predicted.append(forward(net, *inputs))
+        return predicted[-1]
+
+    def noting_add(log, number, loss):
+        losses.append(loss)
+        add(log, number, loss)
+
+    def noting_step(self):
+        gradients = [weight.grad.flatten() for weight in self.param_groups[0]["params"]]
+        norm = torch.cat(gradients).norm()
+
+        # What is still scaled, Adam's kernel divides by this.
+        scale = getattr(self, "grad_scale", None)
+        norms.append((norm if scale is None else norm / scale).item())
+        return step(self)
+
+    for precision in ("fp32", "fp16"):
+        with small_run(diffusion) as (monkey, out):
+            without_results(diffusion, monkey)
+            monkey(diffusion, "validate", no_scores)
+            monkey(diffusion, "velocity", noting_velocity)
+            monkey(diffusion.UNet, "forward", noting_forward)
+            monkey(diffusion.TrainingLog, "add", noting_add)
+            monkey(torch.optim.Adam, "step", noting_step)
+            flags = ["--steps", 3, "--clip-norm", 0.01, "--precision", precision]
+            run(diffusion, *SMALL, *flags, "--out", out)
+
+    assert len(losses) == 6
+    for loss, v, pred_v in zip(losses, wanted, predicted):
+        assert_close(loss, ((v - pred_v.detach()) ** 2).mean())
+    assert len(norms) == 6
+    assert all(0.0099 < norm < 0.0101 for norm in norms), norms
 
 
 def test_diffusion_step():
