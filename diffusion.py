@@ -2033,7 +2033,7 @@ def autocast(device, dtype):
 
 
 def set_up(settings):
-    """What all modes but export begin with: (device, dtype of matrix products, folder
+    """What modes that use a network begin with: (device, dtype of matrix products, folder
     to write to). Raises ValueError or OSError, with a readable message, where the device
     or the folder can't be had."""
     keep_freed_memory()
