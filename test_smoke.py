@@ -568,24 +568,6 @@ def network_arguments(module, network, **given):
     return arguments
 
 
-def test_network_settings_arrive():
-    """Every setting of the network reaches it, each by itself; without any the network is
-    the one that its class builds by default."""
-    cases = [
-        dict(layers=2),
-        dict(tied="off"),
-        dict(block="gpt2"),
-        dict(activation="gelu"),
-        dict(positions="learned"),
-        dict(downsample="strided"),
-        dict(stem="plain"),
-        dict(gate="plain"),
-        dict(head="pair"),
-    ]
-    check_arguments(classifier, "Classifier", cases)
-    check_arguments(diffusion, "UNet", [dict(after_injection="separable"), dict(modulate="off")])
-
-
 def check_arguments(module, network, cases):
     """Each of the settings `cases` changes the argument of its name, and no other, from
     the default of the network's class."""
@@ -602,6 +584,24 @@ def check_arguments(module, network, cases):
         for name, value in case.items():
             changed[name] = value == "on" if value in ("on", "off") else value
         assert network_arguments(module, network, width=16, **case) == {**defaults, **changed}
+
+
+def test_network_settings_arrive():
+    """Every setting of the network reaches it, each by itself; without any the network is
+    the one that its class builds by default."""
+    cases = [
+        dict(layers=2),
+        dict(tied="off"),
+        dict(block="gpt2"),
+        dict(activation="gelu"),
+        dict(positions="learned"),
+        dict(downsample="strided"),
+        dict(stem="plain"),
+        dict(gate="plain"),
+        dict(head="pair"),
+    ]
+    check_arguments(classifier, "Classifier", cases)
+    check_arguments(diffusion, "UNet", [dict(after_injection="separable"), dict(modulate="off")])
 
 
 def test_tying_is_real():
