@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 import unittest
+import warnings
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -1899,6 +1900,20 @@ def test_exported_classifier():
         assert "--weights FILE" in refused(classifier, *export)
         message = refused(classifier, *export, "--weights", out / "early.pt")
         assert "step 25, has not been validated" in message
+
+
+def test_no_advice_on_tf32():
+    """Compiling on a GPU advises TF32 for the product that is fp32 on purpose: that is not
+    shown, and other warnings are."""
+    advice = "TensorFloat32 tensor cores for float32 matrix multiplication available"
+    with tempfile.TemporaryDirectory() as out, warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        settings = classifier.Settings(out=out, device="cpu")
+        run_quietly(classifier.set_up, settings)
+        warnings.warn(advice)
+        assert not seen
+        warnings.warn("another")
+        assert len(seen) == 1
 
 
 def test_weights_in_this_repository():
