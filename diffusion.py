@@ -1,34 +1,25 @@
 # SPDX-License-Identifier: MIT
 """Class-conditional CIFAR-100 diffusion in under 1,000,000 parameters, at most 50,000 steps.
 
-Section 2 of the paper "Modern Methods, Classical Constraints", in one file that reads
-from the top:
+Section 2 of the paper "Modern Methods, Classical Constraints", in one file that reads from
+the top:
 
-    python diffusion.py                    train on CIFAR-100 (downloaded if not in ./data)
-    python diffusion.py --data shapes      the same on drawn shapes: no download, no GPU
+    python diffusion.py                  train on CIFAR-100 (downloaded if not in ./data)
+    python diffusion.py --data shapes    the same on drawn shapes: no download, no GPU
     python diffusion.py sample --classes rose,whale --count 16 --guidance 3
-    python diffusion.py interpolate        between pairs of noises and classes
-    python diffusion.py neighbours         the training pictures nearest to samples
-    python diffusion.py fid                10,000 samples against the 10,000 test pictures
-    python diffusion.py schedules          draw the three noise schedules
-    python diffusion.py export --weights FILE    the averaged weights, in a small file
-    python diffusion.py --help             all settings
+    python diffusion.py interpolate      pictures between pairs of noises and classes
+    python diffusion.py neighbours       the training pictures nearest to samples
+    python diffusion.py fid              FID of 10,000 samples against the test pictures
+    python diffusion.py schedules        draw the noise schedules
 
-Result: the first command ends at a velocity loss of 0.1115 on test pictures, where always
-predicting zero gives 0.645 (ten minutes of training on an H200 that a classifier shared at
-first, seed 0, 2026-11-27, torch 2.11.0). FID-1280 of the 10,000 samples that it draws at its
-end is 2.40, and that of 10,000 training pictures 0.398. FID-1280 is the Fréchet distance in
-an earlier layer of the FID network: much smaller than FID, and not to be compared with it
-(.github/experiments.md). The averaged weights, in fp16, are in this repository. README.md has
-the log and the pictures.
+A run writes into one folder, runs/diffusion-<data set>; the same command again goes on where
+it stopped. The other modes read that run's weights.pt, or --weights FILE.
 
-A run writes one folder, runs/diffusion-<data set>. Start the same command again and it goes
-on where it stopped. In the modes sample, interpolate, neighbours and fid a setting without a
-flag is the checkpoint's, but for classes, out, weights, device, compile and precision.
-Where training was given --data shapes or --out, give it to every mode again.
+Result of the first command, in some ten minutes on an H200: a velocity loss of 0.1115 on test
+pictures, where a network that always says zero has 0.645. README.md has its log and pictures.
 
-The network predicts the velocity v of a noised picture. It has 960,755 parameters; widths
-a, b, c = 48, 96, 144:
+The network sees a noised picture and predicts the velocity v, from which both the picture and
+the noise follow. It has 960,755 parameters; a, b, c = 48, 96, 144 channels:
 
     noised picture (B,3,32,32) --conv--> (B,a,32,32)       log-SNR, class --> embedding (B,E)
     inject 1: + embedding, regular convolution    (B,a,32,32) <---------------------'  |
@@ -41,55 +32,62 @@ a, b, c = 48, 96, 144:
     1x1, double, +, 2 blocks                      (B,a,32,32) <-------------------'
     norm, SiLU, conv                              (B,3,32,32) = v
 
-Skips are added, not concatenated as in [28] (our choice): the 1x1 convolution works before
-doubling, on a quarter of the positions, and blocks take fewer channels in, so a step costs
-less. The embedding also scales and shifts the channels in every block (known as FiLM, or adaptive
-GroupNorm), which the paper's design doesn't have: see `modulate` in the settings. Nor does it
-shift the noise of training, as `log_snr_shift` does. --recipe paper gives that design, and the
-paper's way of sampling.
+Two things go beyond the paper: the embedding also scales and shifts the channels in every
+block, and training sees slightly cleaner pictures than the schedule says. `--recipe paper`
+takes both back, and samples as the paper does.
 
-Map. Sections 1 to 8 are the story; to understand the model read 2 (layers and U-Net), to
-understand diffusion 4 (noise), 5 (objective and training loop) and 7 (guidance and sampler);
-3 is the data, 6 the validation loss, 8 interpolation and grids. What follows the double line
-is support: 9 neighbours, 10 FID, 11 modes, 12 log and pictures, 13 checkpoints, 14 device and
-width, 15 drawn shapes, 16 command line.
+Sections 1 to 9 are the story. To understand the model read 1 (layers and U-Net), to understand
+diffusion 3 (noise), 4 (objective), 6 (training) and 8 (guidance and sampler). What follows the
+double line supports the story.
 
-Shapes in comments: B pictures, C channels, H x W pixels, E width of an embedding.
-Symbols: x a picture in [-1,1]; t in [0,1] the time, 0 clean and 1 pure noise; x_t a noised
-picture; log_snr, the paper's lambda, how clean it is, which is what the network is told
-(the cosine schedule goes from 20, clean, to -20, noise); alpha and sigma the scales of signal
-and noise, alpha² + sigma² = 1 (alpha is not DDPM's alpha_t, a ratio of neighbouring alpha²); v
-the velocity.
-Tags like [2.2] name the paper's section, (1) to (4) its equations; `our choice` marks what it
-leaves open. Numbers without a dot are the paper's references:
-    [3]  Crowson's Colab, from which the      [24] Improved DDPM (cosine schedule)
-         paper's code was adapted             [28] U-Net
-    [4]  Crowson's v-diffusion (the splice)   [29] Photorealistic Text-to-Image Diffusion
-    [11] Denoising Diffusion Probabilistic         (Imagen: dynamic clipping)
-         Models (DDPM)                        [30] Progressive Distillation (velocity)
-    [12] Classifier-Free Guidance             [35] Denoising Diffusion Implicit Models (DDIM)
-    [19] Understanding Diffusion Objectives   [39] slerp
-    [20] Variational Diffusion Models         [42] Attention Is All You Need
+Shapes in comments: B pictures, C channels, H x W pixels, E width of the embedding.
+Symbols: x       a picture in [-1,1]
+         t       the time in [0,1]: 0 is clean, 1 is pure noise
+         x_t     a noised picture, x_noised in the paper
+         log_snr how clean x_t is, the paper's lambda: about 20 is clean, -20 is noise
+         alpha   scale of the picture in x_t (not DDPM's alpha_t, which is a ratio)
+         sigma   scale of the noise in x_t; alpha² + sigma² = 1
+         v       the velocity
+
+Tags like [2.2] name a section of the paper: 2.1 Strategy, 2.2 Methodology, 2.3 Discussion,
+2.4 Results, 2.5 Limitations; (1) to (4) are its equations. `our choice` marks what it leaves
+open. Numbers without a dot are its references:
+
+    [3]  Crowson's Colab (2024), from which the paper's code was adapted
+    [4]  Crowson, v-diffusion (2024): the spliced schedule
+    [11] Denoising Diffusion Probabilistic Models (DDPM, 2020)
+    [12] Classifier-Free Diffusion Guidance (2022)
+    [19] Understanding Diffusion Objectives as the ELBO (2023)
+    [20] Variational Diffusion Models (2021)
+    [24] Improved DDPM (2021): the cosine schedule
+    [28] U-Net (2015)
+    [29] Photorealistic Text-to-Image Diffusion (Imagen, 2022): dynamic clipping
+    [30] Progressive Distillation (2022): the velocity
+    [35] Denoising Diffusion Implicit Models (DDIM, 2020)
+    [39] slerp
+    [42] Attention Is All You Need (2017)
 
 For CIFAR-10, replace CIFAR100 by CIFAR10 in the line DATASET = ...: the rest follows from it.
 """
 import argparse
-import concurrent.futures
+import contextlib
 import copy
-import ctypes
+import csv
 import dataclasses
-import datetime
+import difflib
 import hashlib
 import io
+import itertools
+import logging
 import math
 import os
-import shlex
+import re
 import signal
-import subprocess
 import sys
+import threading
 import time
+import warnings
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +96,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
+from torch.utils._pytree import tree_leaves
 
 DATASET = torchvision.datasets.CIFAR100
 MAX_PARAMETERS = 1_000_000  # [2.1] fewer than this, asserted right above the training loop
@@ -106,168 +105,7 @@ MAX_STEPS = 50_000  # [2.1] gradient updates at most, asserted in the training l
 
 
 # --------------------------------------------------------------------------------------
-# 1. Settings
-# --------------------------------------------------------------------------------------
-
-SCHEDULES = ("cosine", "linear", "spliced")
-PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
-
-
-class UserError(ValueError):
-    """What the user can put right, said in the text: `main` prints that alone, and no
-    traceback."""
-
-
-def setting(default, help, low=None, high=None, choices=None):
-    """A field of Settings: its default, what --help says, and which values it may
-    have."""
-    limits = dict(help=help, low=low, high=high, choices=choices)
-    return dataclasses.field(default=default, metadata=limits)
-
-
-@dataclasses.dataclass
-class Settings:
-    """All settings; each is a flag of the command line too. Raises ValueError, with a
-    readable message, for a value that its field does not allow.
-
-    The defaults are the paper's design but for `modulate`, `log_snr_shift` and the way of
-    sampling. Numbers that it doesn't name are our choice, and so are the optimiser,
-    mirroring, clipping of the gradient and the course of the rate, of which it says nothing.
-    `recipe` and data="shapes" change the defaults of other fields: see choose_settings.
-    """
-
-    # Where pictures come from and results go to.
-    data: str = setting("data", "folder of the data set, downloaded if none; or: shapes")
-    out: str = setting("", "folder to write to; empty: runs/diffusion-<data set>")
-    weights: str = setting("", "file of weights: to draw with, or to export to")
-    seed: int = setting(0, "decides weights, data order, noise", 0, 2**31)
-
-    # Where it runs. Each kind of device rounds in its own way and has its own random
-    # numbers: there the same seed is another run, and the same sample_seed other samples.
-    device: str = setting("auto", "where to compute", choices=("auto", "cuda", "mps", "cpu"))
-    compile: str = setting("auto", "torch.compile; auto: CUDA", choices=("auto", "on", "off"))
-    precision: str = setting("auto", "type of matrix products", choices=("auto", *PRECISIONS))
-    log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
-    eval_every: int = setting(1000, "steps between validations; each saves", 1, MAX_STEPS)
-    grid_every: int = setting(5000, "steps between grids of samples", 1, MAX_STEPS)
-
-    # How it is trained.
-    steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
-    batch_size: int = setting(256, "pictures per step", 1, 65_536)
-
-    # Validation loss after 840 s of one CPU core, some 890 steps of 64: 0.140 with 2e-3,
-    # 0.150 with 1e-3. Not compared at length.
-    max_lr: float = setting(2e-3, "peak learning rate, then a cosine to 0", 1e-8, 10.0)
-    warm_up: int = setting(500, "steps in which the rate rises; at most a tenth", 1, MAX_STEPS)
-    clip_norm: float = setting(1.0, "largest norm of the gradient", 1e-6, 1e6)
-    ema: float = setting(0.999, "decay of the averaged weights; rises to it", 0.0, 0.99999)
-    label_drop: float = setting(0.1, "share of labels dropped; 0: no guidance", 0.0, 1.0)
-    schedule: str = setting("cosine", "noise schedule of training", choices=SCHEDULES)
-    timesteps: str = setting("sobol", "how t is drawn", choices=("sobol", "independent"))
-
-    # Not the paper's: training sees somewhat cleaner pictures than the schedule says, by
-    # this much; validation and sampling don't. The loss falls on nearly clean pictures, and
-    # hardly rises on the noisiest. After 12,000 steps of 32, seeds 0 and 1, FID-1280 of
-    # 2,000 samples, drawn as in the paper in 25 steps, is 5.58 and 5.59 with 1, and 6.04 and
-    # 6.20 with 0.
-    log_snr_shift: float = setting(1.0, "added to log-SNR in training", -10.0, 10.0)
-
-    # The network.
-    width: int = setting(0, "channels at 32x32; 0: as many as the budget allows", 0, 512)
-    after_injection: str = setting("regular", "after injections", choices=("regular", "separable"))
-
-    # Beyond the paper, and on by default because it helped. Without it width 56 fits,
-    # and a step takes a third longer. After 12,000 steps of 32, seed 0, the validation loss
-    # is 0.1184 with it and 0.1191 without, and FID-1280 of 2,000 samples, drawn as in the
-    # paper in 25 steps, 6.0 and 7.0.
-    modulate: str = setting("on", "scale and shift in all blocks", choices=("off", "on"))
-    recipe: str = setting("ours", "paper: its network, noise, sampling", choices=("ours", "paper"))
-
-    # From here on: of sampling only, so free to differ from one command to the next.
-    sample_schedule: str = setting("same", "of sampling", choices=("same", *SCHEDULES))
-
-    # The paper samples with DDPM's noise (eta = 1), w = 3 and dynamic clipping, and doesn't
-    # say in how many steps. These four together score better: FID-1280 of 2,000 samples, of the
-    # network that the defaults train, is 3.12 with them, and 3.29 as in the paper in 100
-    # steps. They were chosen on networks that had seen fewer pictures. Of one trained with 16
-    # per step, sampled in 25 steps, it was 5.13 as in the paper, 5.06 with w = 2, 5.02 with
-    # eta = 0.6, 4.97 with w = 2 and no clipping, 4.74 with all three, and 4.66 with 50 steps
-    # as well.
-    #
-    # A network trained less needs guidance more. After 12,000 steps of 32, in 25 steps but
-    # otherwise as in the paper, w = 0, 1, 2, 3 gave 8.1, 6.6, 6.1, 6.0; of the network that the
-    # defaults train, w = 1, 2, 3 and the rest as here 2.93, 3.12, 3.65. With 2, which stays
-    # the default, its pictures are more typical of their class: our classifier recognises
-    # 89 %, and 79 % with 1.
-    sample_steps: int = setting(50, "denoising steps per sample", 1, 10_000)
-    eta: float = setting(0.6, "fresh noise per step; 1: DDPM, 0: DDIM", 0.0, 1.0)
-    guidance: float = setting(2.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
-    clip_x0: str = setting("none", "how x0 is cut", choices=("none", "static", "dynamic"))
-
-    classes: str = setting("", "names or numbers to sample, by commas; empty: all, mixed")
-    count: int = setting(64, "pictures to sample", 1, 1_000_000)
-    sample_seed: int = setting(0, "decides the noise of samples", 0, 2**31)
-    sample_batch: int = setting(250, "samples at once, in multiples of 50", 1, 65_536)
-    fid_count: int = setting(10_000, "samples for fid", 2, 50_000)
-    inception: str = setting("", "file of the FID network; empty: torch hub's folder")
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            check_value(field, getattr(self, field.name))
-        if self.label_drop == 0 and self.guidance < 0:
-            raise UserError("--guidance below 0 needs a --label-drop above 0")
-        if self.width % 8 != 0:
-            raise UserError(f"--width {self.width} is not a multiple of 8")
-
-    def folder(self):
-        """The folder that a run with these settings writes to, as a Path."""
-        name = "shapes" if self.data == "shapes" else DATASET.__name__.lower()
-        return Path(self.out or f"runs/diffusion-{name}")
-
-    def checkpoint(self):
-        """The file with the network to use: `weights`, or what training wrote."""
-        return Path(self.weights or self.folder() / "checkpoint.pt")
-
-
-# These may change when a run is resumed: they touch what is learned by rounding alone,
-# and on another kind of device by other random numbers. (The pictures themselves are
-# compared by checksum, wherever they lie.)
-FREE_TO_CHANGE = (
-    "data out weights device compile precision log_every eval_every grid_every recipe "
-    "sample_schedule sample_steps eta guidance clip_x0 classes count sample_seed "
-    "sample_batch fid_count inception"
-).split()
-
-# Defaults for drawn shapes: a small network, minutes on a CPU. The linear schedule dwells
-# on high noise, where shapes form. (With `--recipe paper` as well, the paper's sampling
-# counts, on this schedule; its dynamic clipping washes out bright colours.)
-SHAPES = dict(
-    width=24,
-    steps=1000,
-    batch_size=32,
-    max_lr=5e-3,
-    warm_up=50,
-    ema=0.98,
-    eval_every=500,
-    schedule="linear",
-    log_snr_shift=0.0,
-    sample_steps=30,
-)
-
-# What `--recipe paper` sets; a flag of the same command still wins. (The number of steps
-# is our choice: so much fresh noise needs more of them.)
-PAPER = dict(
-    modulate="off",
-    log_snr_shift=0.0,
-    sample_steps=100,
-    eta=1.0,
-    guidance=3.0,
-    clip_x0="dynamic",
-)
-
-
-# --------------------------------------------------------------------------------------
-# 2. Layers and U-Net
+# 1. Layers and U-Net
 # --------------------------------------------------------------------------------------
 
 
@@ -275,9 +113,10 @@ def separable_conv(c_in, c_out):
     """Depthwise-separable 3x3 convolution: (B,c_in,H,W) -> (B,c_out,H,W).
 
     Space first, one 3x3 filter per channel, then features, a 1x1 mixture of channels:
-    9 * c_in + c_in * c_out weights instead of 9 * c_in * c_out.
-    "The majority" of convolutions here [2.2].
+    9 * c_in + c_in * c_out weights instead of 9 * c_in * c_out. "The majority" of the
+    convolutions [2.2].
     """
+    # groups=c_in: each channel has a filter of its own.
     space = nn.Conv2d(c_in, c_in, 3, padding=1, groups=c_in, bias=False)
     features = nn.Conv2d(c_in, c_out, 1)
     return nn.Sequential(space, features)
@@ -289,12 +128,13 @@ def regular_conv(c_in, c_out):
 
 
 def sinusoidal_embedding(log_snr, width=64):
-    """Sines and cosines of the noise level: (B,) -> (B,width) [42]. [2.2] says "timestep
-    embeddings"; what Eq. (4) gives the network is lambda, the log-SNR. So it knows
-    nothing of the schedule, and can be sampled on another than it was trained on.
+    """Sines and cosines of the noise level [42]: (B,) -> (B,width).
 
-    log_snr is between -20 and 20, and up to 21 in training. Wavelengths go from 3 to 300
-    (our choice): the long ones order all levels, the short ones tell neighbours apart.
+    [2.2] says "timestep embeddings"; what Eq. (4) gives the network is lambda, the log-SNR.
+    So the network knows nothing of the schedule, and can be sampled on another one.
+
+    log_snr lies between -20 and 20. Wavelengths go from 3 to 300 (our choice): the long ones
+    order all levels, the short ones tell neighbours apart.
     """
     low, high = math.log10(0.02), math.log10(2)
     frequency = 10 ** torch.linspace(low, high, width // 2, device=log_snr.device)
@@ -305,15 +145,13 @@ def sinusoidal_embedding(log_snr, width=64):
 class ResidualBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x)))))): (B,C,H,W) -> (B,C,H,W).
 
-    GroupNorm, not BatchNorm: a batch mixes noise levels, whose statistics have nothing
-    in common, and BatchNorm's running averages would be those of the raw weights and
-    not of the averaged ones (EMA). This form of block, SiLU, and 8 groups, so that C is
-    a multiple of 8, are our choice.
+    GroupNorm, not BatchNorm: a batch mixes noise levels, whose statistics have nothing in
+    common. This form of block, SiLU, and 8 groups, so that C is a multiple of 8, are our
+    choice.
 
-    `conv` is separable_conv or regular_conv. With `e_width`, an embedding (B,e_width)
-    scales and shifts the channels after the second norm. (A separable convolution
-    follows this too. The paper found one harmful after its injections, see Injection. We
-    saw its waves in neither place, but tried the latter in short runs only.)
+    `conv` is separable_conv or regular_conv. With `e_width`, an embedding (B,e_width) scales
+    and shifts the channels after the second norm. That is ours; elsewhere it is known as
+    FiLM or adaptive GroupNorm.
     """
 
     def __init__(self, channels, conv, e_width=0):
@@ -335,7 +173,7 @@ class ResidualBlock(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers one after another, blocks with the embedding: (B,C,H,W), (B,E) ->
+    """Layers one after another; blocks also get the embedding: (B,C,H,W), (B,E) ->
     (B,C',H',W')."""
 
     def forward(self, x, embedding):
@@ -349,12 +187,11 @@ class Stage(nn.Sequential):
 
 class Attention(nn.Module):
     """Self-attention among all positions of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
-    (The abstract speaks of transformer layers, which would have an MLP too; that we
-    follow [2.2] is our choice.)
 
-    C / 64 heads, rounded, or the next smaller number that divides C; one group in the
-    norm; zeros in the last layer, so that it starts as the identity: all our choice. No
-    positions are added: the zeros that convolutions pad with show where the border is.
+    The abstract speaks of transformer layers, which would have an MLP too; that we follow
+    [2.2] is our choice. So are C / 64 heads (rounded, or the next smaller number that divides
+    C), one group in the norm, and zeros in the last layer, so that it starts as the identity.
+    No positions are added: the zeros that convolutions pad with show where the border is.
     """
 
     def __init__(self, channels):
@@ -375,6 +212,8 @@ class Attention(nn.Module):
         # Query, key and value come from one matrix, and each is cut into heads.
         qkv = self.qkv(tokens).unflatten(2, (3, self.heads, -1))  # (B,HW,3,heads,C/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,HW,C/heads)
+
+        # softmax(q k^T / sqrt(C/heads)) v: each token takes a weighted mean of all tokens.
         mixed = F.scaled_dot_product_attention(q, k, v)  # (B,heads,HW,C/heads)
 
         # Heads side by side, and tokens back to their positions.
@@ -383,14 +222,13 @@ class Attention(nn.Module):
 
 
 class Injection(nn.Module):
-    """Adds the embedding of noise level and class [2.2], then convolves: (B,C,H,W),
-    (B,E) -> (B,C,H,W).
+    """Adds the embedding of noise level and class [2.2], then convolves: (B,C,H,W), (B,E) ->
+    (B,C,H,W).
 
-    The embedding goes into the branch only; x passes by unchanged, as in any residual
-    block (our choice, as are norm, activation and the two places in the network). A
-    regular convolution, because a separable one looks at each channel by
-    itself before it mixes them: the paper saw wave-like artefacts and blames them on
-    that [2.3]. `conv` takes either.
+    The embedding goes into the branch only; x passes by unchanged, as in any residual block
+    (our choice, as are norm, activation and the two places in the network). The convolution
+    is a regular one: a separable one looks at each channel by itself before it mixes them,
+    and the paper blames wave-like artefacts on that [2.3]. `conv` takes either.
     """
 
     def __init__(self, e_width, channels, conv):
@@ -407,12 +245,11 @@ class Injection(nn.Module):
 class UNet(nn.Module):
     """Velocity network [2.2, 28]: net(x_t, log_snr, labels) -> v (B,3,32,32).
 
-    x_t (B,3,32,32), log_snr (B,), labels: class numbers (B,), where the number
-    `no_class` stands for "no class" (null label), or class embeddings (B,E) as `embed`
-    gives them; E is `e_width`. The diagram is in this file's header. Widths, depths and
-    kernels, 2x2 average pooling, doubling by repetition, and the added skips are our
-    choice. `modulate` goes beyond the paper: the embedding acts in every block, not at
-    two points alone. Raises ValueError if `width` is no multiple of 8.
+    x_t (B,3,32,32); log_snr (B,); labels (B,), class numbers, where the number `no_class`
+    stands for "no class", or (B,E), embeddings as `embed` gives them. The diagram is in this
+    file's header. Widths, depths and kernels, 2x2 average pooling, doubling by repetition,
+    and that skips are added are our choice. `modulate` lets the embedding act in every block,
+    which goes beyond the paper. Raises ValueError if `width` is no multiple of 8.
     """
 
     def __init__(
@@ -420,7 +257,7 @@ class UNet(nn.Module):
     ):
         super().__init__()
         if width < 8 or width % 8 != 0:
-            raise ValueError(f"--width {width} is not a multiple of 8")
+            raise ValueError(f"width {width} is not a multiple of 8")
         self.no_class = classes  # classes are 0 to classes - 1
         a = width
         b = 2 * width
@@ -433,14 +270,12 @@ class UNet(nn.Module):
         def halve(c_in, c_out):
             return nn.AvgPool2d(2), nn.Conv2d(c_in, c_out, 1)
 
-        # The embedding of the noise level, which goes in as the log-SNR. These two layers,
-        # and that the class embedding is added to their output, are our choice.
-        self.time = nn.Sequential(
+        # The embedding is the sum of two, one of the noise level and one of the class; the
+        # last class is "no class", learned like the others. These layers are our choice.
+        self.embed_log_snr = nn.Sequential(
             nn.Linear(64, e_width), nn.SiLU(), nn.Linear(e_width, e_width)
         )
-
-        # The last class embedding is that of "no class", learned like the others.
-        self.label = nn.Embedding(classes + 1, e_width)
+        self.embed_class = nn.Embedding(classes + 1, e_width)
 
         # Down: 32x32 -> 16x16 -> 8x8
         self.stem = regular_conv(3, a)
@@ -453,7 +288,8 @@ class UNet(nn.Module):
         self.inject2 = Injection(e_width, c, conv)
         self.middle = Stage(block(c), Attention(c), block(c))
 
-        # Up: 8x8 -> 16x16 -> 32x32
+        # Up: 8x8 -> 16x16 -> 32x32. As skips are added and not concatenated, as they are in
+        # [28], the 1x1 convolution can work before doubling, on a quarter of the positions.
         self.join2 = nn.Conv2d(c, b, 1)
         self.up2 = Stage(block(b), block(b))
         self.join1 = nn.Conv2d(b, a, 1)
@@ -469,35 +305,35 @@ class UNet(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def embed(self, labels):
-        """Class embeddings (B,E) of class numbers (B,); embeddings are passed
-        through."""
+        """Class embeddings (B,E) of class numbers (B,); embeddings pass through."""
         if labels.is_floating_point():
             return labels
-        return self.label(labels)
+        return self.embed_class(labels)
 
     def forward(self, x, log_snr, labels):
-        e = self.time(sinusoidal_embedding(log_snr)) + self.embed(labels)
+        e = self.embed_log_snr(sinusoidal_embedding(log_snr)) + self.embed(labels)
         e = F.silu(e)  # (B,E)
 
         # Down
-        x1 = self.inject1(self.stem(x), e)
-        x1 = self.down1(x1, e)  # (B,a,32,32)
-        x2 = self.down2(x1, e)  # (B,b,16,16)
-        x3 = self.down3(x2, e)  # (B,c,8,8)
+        x = self.inject1(self.stem(x), e)
+        skip1 = self.down1(x, e)  # (B,a,32,32)
+        skip2 = self.down2(skip1, e)  # (B,b,16,16)
+        x = self.down3(skip2, e)  # (B,c,8,8)
 
         # Middle
-        x3 = self.inject2(x3, e)
-        x3 = self.middle(x3, e)  # (B,c,8,8)
+        x = self.inject2(x, e)
+        x = self.middle(x, e)  # (B,c,8,8)
 
-        # Up, each pixel repeated 2x2 (nearest neighbour); the skips x2 and x1 are added.
-        x2 = F.interpolate(self.join2(x3), scale_factor=2) + x2
-        x2 = self.up2(x2, e)  # (B,b,16,16)
-        x1 = F.interpolate(self.join1(x2), scale_factor=2) + x1
-        x1 = self.up1(x1, e)  # (B,a,32,32)
+        # Up, each pixel repeated 2x2 (nearest neighbour), and the skips added
+        x = F.interpolate(self.join2(x), scale_factor=2) + skip2
+        x = self.up2(x, e)  # (B,b,16,16)
+        x = F.interpolate(self.join1(x), scale_factor=2) + skip1
+        x = self.up1(x, e)  # (B,a,32,32)
 
-        # The last layer is fp32 where the others are bf16: guidance amplifies rounding errors.
+        # The last layers are in fp32 where the others are in bf16, because guidance
+        # amplifies rounding errors.
         with torch.autocast(x.device.type, enabled=False):
-            return self.out(x1.float())  # (B,3,32,32)
+            return self.out(x.float())  # (B,3,32,32)
 
 
 def count_parameters(net):
@@ -506,19 +342,11 @@ def count_parameters(net):
     return sum(p.numel() for p in net.parameters())
 
 
-def parameter_table(net):
-    """Parameters per stage and in total, as lines of text."""
-    lines = []
-    for name, stage in net.named_children():
-        lines.append(f"  {name:<10}{count_parameters(stage):>8,}")
-    lines.append(f"  {'total':<10}{count_parameters(net):>8,}")
-    return "\n".join(lines)
-
-
 # --------------------------------------------------------------------------------------
-# 3. Data
+# 2. Data
 # --------------------------------------------------------------------------------------
-# The whole data set lies on the device, 184 MB as bytes. So a batch is an index: no workers.
+# The whole data set lies on the device, 184 MB as bytes. So a batch is an index, and there
+# are no worker processes.
 
 
 class Data(NamedTuple):
@@ -529,63 +357,47 @@ class Data(NamedTuple):
     test_x: torch.Tensor
     test_y: torch.Tensor
     names: list  # of the classes
-    checksum: int  # of the training pictures: a resumed run must find the same ones
 
 
-def load_cifar(root):
-    """The data set from the folder `root`: (train_x, train_y, test_x, test_y, names).
+def load_cifar(folder):
+    """(train_x, train_y, test_x, test_y, names) as in Data, from the folder.
 
-    Downloads it if there is none. What is there is verified by its md5 and never
-    overwritten. Raises OSError, with what to do by hand, if it is damaged or can't be
-    had.
+    The data set is downloaded if the folder has none, but only into one that exists, or into
+    the default one. torchvision verifies its md5. Raises UserError, with what to do by
+    hand, if it is damaged or can't be had.
     """
-    root = Path(root)
-    archive = root / DATASET.filename
-    check = torchvision.datasets.utils.check_integrity
+    folder = Path(folder).expanduser()
+    if folder.name == DATASET.base_folder:  # one level too deep
+        folder = folder.parent
+    if not folder.is_dir() and folder != Path("data"):
+        raise UserError(f"--data {folder}: no such folder (for drawn shapes: --data shapes)")
+
+    missing = not (folder / DATASET.base_folder).exists()
+    parts = []
     try:
-        if archive.exists() and not check(archive, DATASET.tgz_md5):
-            raise OSError(f"{archive} is damaged")
-
-        # With no folder, torchvision unpacks the archive, which it downloads if needed.
-        missing = not (root / DATASET.base_folder).exists()
-        train = DATASET(root, train=True, download=missing)
-        test = DATASET(root, train=False)
-    except Exception as error:  # no net, host down, disk full, pickle damaged: say what helps
-        raise OSError(
-            f"no {DATASET.__name__} in {root.resolve()}: {error}\n"
-            f"  Delete what is damaged, if anything is there, and get {DATASET.url}\n"
-            f"  into that folder (md5 {DATASET.tgz_md5});\n"
-            "  or do without a download: --data shapes"
+        for train in (True, False):
+            part = DATASET(folder, train, download=missing)
+            x = torch.from_numpy(part.data).permute(0, 3, 1, 2)
+            parts += [x.contiguous(), torch.tensor(part.targets)]
+    except Exception as error:  # no net, host down, disk full, file damaged
+        raise UserError(
+            f"no {DATASET.__name__} in {folder} ({in_one_line(error)}): get {DATASET.url} "
+            f"(md5 {DATASET.tgz_md5}), unpack it there in place of what may be damaged; "
+            "or do without, with --data shapes"
         ) from error
-
-    return (
-        torch.from_numpy(train.data).permute(0, 3, 1, 2).contiguous(),
-        torch.tensor(train.targets),
-        torch.from_numpy(test.data).permute(0, 3, 1, 2).contiguous(),
-        torch.tensor(test.targets),
-        train.classes,
-    )
+    return *parts, part.classes
 
 
 def load_data(source, device="cpu"):
     """`source`, "shapes" or the folder of the data set, as a Data on `device`. Raises
-    OSError as load_cifar."""
+    UserError as load_cifar."""
     if source == "shapes":
-        x, y, names = draw_shapes(20_000, seed=1)
-        test_x, test_y, _ = draw_shapes(2_000, seed=2)
+        train_x, train_y, names = draw_shapes(10_000, seed=1)
+        test_x, test_y, _ = draw_shapes(1_000, seed=2)
+        parts = [train_x, train_y, test_x, test_y]
     else:
-        x, y, test_x, test_y, names = load_cifar(source)
-    checksum = zlib.crc32(x.numpy())
-    tensors = [part.to(device) for part in (x, y, test_x, test_y)]
-    return Data(*tensors, names, checksum)
-
-
-def to_device(x, device):
-    """x on the device, without the host waiting for it: CUDA fetches pinned memory by
-    itself, when its turn comes."""
-    if device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
+        *parts, names = load_cifar(source)
+    return Data(*[part.to(device) for part in parts], names)
 
 
 def to_model(x):
@@ -604,21 +416,32 @@ def to_uint8(x):
 
 
 def random_flip(x, draw):
-    """Mirror the pictures (B,3,H,W) whose `draw` (B,), from 0 to 1, is below a half:
-    the one augmentation (our choice)."""
+    """Mirror the pictures (B,3,H,W) whose `draw` (B,), from 0 to 1, is below a half: the one
+    augmentation (our choice)."""
     return torch.where(draw.view(-1, 1, 1, 1) < 0.5, x.flip(-1), x)
 
 
+def seeded_generator(device, *numbers):
+    """A generator of random numbers on the device that depends on these numbers alone.
+
+    All that is random in training follows from the seed and the step (in sampling, from its
+    seed and the batch). So a run that was stopped can go on exactly as it would have, and
+    its checkpoint need not say where any generator stood. SeedSequence makes seeds that
+    have nothing in common from numbers as close as 1 and 2.
+    """
+    seed = np.random.SeedSequence(numbers).generate_state(1)[0]
+    return torch.Generator(device).manual_seed(int(seed))
+
+
 # --------------------------------------------------------------------------------------
-# 4. Noise: schedules, alpha and sigma, velocity
+# 3. Noise: schedules, alpha and sigma, velocity
 # --------------------------------------------------------------------------------------
-# A schedule maps t in [0,1] to the log-SNR, lambda = log(alpha²/sigma²): strictly
-# falling and invertible [2.2]. Ours are finite at both ends too.
+# A schedule maps t in [0,1] to the log-SNR, lambda = log(alpha²/sigma²): strictly falling
+# and invertible [2.2]. Ours are finite at both ends too.
 
 
 def cosine_schedule(t):
-    """lambda = -2 log tan(a t + b) [2.2, 24], from 20 at t = 0 to -20 at t = 1; t any
-    shape.
+    """lambda = -2 log tan(a t + b) [2.2, 24], from 20 at t = 0 to -20 at t = 1; t any shape.
 
     b = atan(e^-10) and a = atan(e^10) - b cut off the infinite ends, as in [12] (our
     choice).
@@ -633,20 +456,20 @@ def cosine_schedule(t):
 
 
 def linear_schedule(t):
-    """lambda = -log(e^(1e-4 + 10 t²) - 1), from 9.2 at t = 0 to -10 at t = 1; t any
-    shape. This is close to DDPM's linear betas in continuous time [11, 20], and
-    Crowson's code [3] had it [2.3]."""
+    """lambda = -log(e^(1e-4 + 10 t²) - 1), from 9.2 at t = 0 to -10 at t = 1; t any shape.
+    This is close to DDPM's linear betas in continuous time [11, 20], and Crowson's code [3]
+    had it [2.3]."""
     return -torch.log(torch.expm1(1e-4 + 10 * t**2))
 
 
 def spliced_schedule(t):
-    """Cosine first, then linear [2.3, 4].
+    """Cosine first, then linear [2.3, 4]; t any shape.
 
-    At t = 0.80074257 the cosine schedule has the value (-2.256) and very nearly the
-    slope per t of the linear one at 0.48536712; both constants are Crowson's [4]. So
-    the two are joined there, and t is stretched such that it still goes from 0 to 1:
-    the joint lies at t = 0.609. Value and slope agree to 2 parts in 10,000 and not
-    better, as the constants are for a cosine whose infinite ends are not cut off.
+    At t = 0.80074257 the cosine schedule has the value (-2.256) and very nearly the slope
+    per t of the linear one at 0.48536712; both constants are Crowson's [4]. So the two are
+    joined there, and t is stretched such that it still goes from 0 to 1: the joint lies at
+    t = 0.609. Value and slope agree to 2 parts in 10,000 and not better, as the constants
+    are for a cosine whose infinite ends are not cut off.
     """
     shift = 0.80074257 - 0.48536712
     u = (1 + shift) * t
@@ -657,16 +480,8 @@ def spliced_schedule(t):
     return torch.where(u < 0.80074257, early, late)
 
 
-def to_log_snr(t, schedule="cosine"):
-    """The log-SNR at t, any shape, of the schedule of that name. Raises ValueError if
-    there is none."""
-    if schedule == "cosine":
-        return cosine_schedule(t)
-    if schedule == "linear":
-        return linear_schedule(t)
-    if schedule == "spliced":
-        return spliced_schedule(t)
-    raise ValueError(f"no schedule {schedule}: {', '.join(SCHEDULES)}")
+# A schedule of your own goes here: it can then be trained, sampled and drawn.
+SCHEDULES = dict(cosine=cosine_schedule, linear=linear_schedule, spliced=spliced_schedule)
 
 
 def to_alpha_sigma(log_snr):
@@ -681,45 +496,59 @@ def to_alpha_sigma(log_snr):
 def velocity(x, noise, alpha, sigma):
     """v = alpha * noise - sigma * x: Eq. (1) [30].
 
-    Pictures (B,3,H,W); alpha and sigma (B,1,1,1) or numbers, here and in the next two.
-    As alpha² + sigma² = 1, they are cos(phi) and sin(phi) of an angle phi, x_t moves on a
-    circle from x to noise, and v is its velocity, d x_t / d phi.
+    Pictures (B,3,H,W); alpha and sigma (B,1,1,1) or numbers, here and in the next two. As
+    alpha² + sigma² = 1, they are cos(phi) and sin(phi) of an angle phi, x_t moves on a circle
+    from x to noise, and v is its velocity, d x_t / d phi.
 
     Why v and not the noise: where all is noise, a guess of the noise does not tell the
-    picture; where all is clean, a guess of the picture does not tell the noise. v tells
-    both at every level: see split.
+    picture; where all is clean, a guess of the picture does not tell the noise. v tells both
+    at every level: see split.
     """
     return alpha * noise - sigma * x
 
 
 def add_noise(x, noise, alpha, sigma):
-    """x_t = alpha * x + sigma * noise: Eq. (2), where x_t is called x_noised."""
+    """x_t = alpha * x + sigma * noise: Eq. (2)."""
     return alpha * x + sigma * noise
 
 
 def split(x_t, v, alpha, sigma):
-    """(x, noise) that make up x_t if v is its velocity: Eq. (1) and (2) solved for
-    both. They turn (x, noise) by phi, and this turns (x_t, v) back."""
+    """(x, noise) that make up x_t if v is its velocity: Eq. (1) and (2) solved for both.
+    They turn (x, noise) by phi, and this turns (x_t, v) back."""
     pred_x0 = alpha * x_t - sigma * v
     pred_noise = sigma * x_t + alpha * v
     return pred_x0, pred_noise
 
 
 # --------------------------------------------------------------------------------------
-# 5. Objective and training
+# 4. Objective and optimiser
 # --------------------------------------------------------------------------------------
-# The objective is Eq. (3). By (1) and (2) it has three forms:
+# The objective is the mean of |v - v_hat|², Eq. (3), one line of the training loop. The
+# network's v_hat stands for a picture and a noise too, x_hat and noise_hat, by `split`.
+# So, with the same x_t,
+#
+#     x - x_hat = -sigma (v - v_hat)      and      noise - noise_hat = alpha (v - v_hat),
+#
+# and as 1/sigma² = e^lambda + 1 and 1/alpha² = e^-lambda + 1, the objective has three forms:
+#
 #     |v - v_hat|²  =  (e^lambda + 1) |x - x_hat|²  =  (e^-lambda + 1) |noise - noise_hat|²
-# The paper prints the last weight as e^lambda - 1, a misprint: below lambda = 0 it would
-# be negative. An error of the picture weighs most on clean pictures, an error of the
-# noise on noisy ones.
+#
+# The paper prints the last weight as e^lambda - 1, a misprint: below lambda = 0 it would be
+# negative. An error of the picture weighs most on clean pictures, an error of the noise on
+# noisy ones.
+
+
+def make_optimiser(net):
+    """Adam, as in [11], without weight decay; `fused` updates all weights in one kernel. With
+    a second beta of 0.99 it forgets large gradients sooner than with 0.999 (our choice). Its
+    rate is set before each step."""
+    return torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=True)
 
 
 def learning_rate(step, steps, peak, warm_up):
-    """Rate of update number `step` (from 0): a cosine from `peak` to 0 over all
-    `steps`, times a ramp from 0 to 1 over the first `warm_up`, or over a tenth of the
-    steps if that is less (our choice). When the ramp ends, the rate is just below the peak.
-    """
+    """Rate of update number `step` (from 0): a cosine from `peak` to 0 over all `steps`,
+    times a ramp up to 1 over the first `warm_up`, or over a tenth of the steps if that is
+    less (our choice). When the ramp ends, the rate is just below the peak."""
     warm_up = min(warm_up, max(1, steps // 10))
     ramp = min(1, (step + 1) / warm_up)
     return peak * ramp * (0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -727,224 +556,326 @@ def learning_rate(step, steps, peak, warm_up):
 
 @torch.no_grad()
 def update_ema(ema_net, net, decay, step):
-    """ema_net += (1 - decay) (net - ema_net), weight by weight [2.2, 11, 24], after
-    update number `step` (from 0).
+    """ema_net += (1 - decay) (net - ema_net), weight by weight [2.2, 11, 24], after update
+    number `step` (from 0).
 
-    The average leaves out the jitter of the last steps. While the rate is high that counts
-    (a validation loss of 0.151 instead of 0.157 after 500 of 1,500 steps of 32); once it has
-    fallen to 0 there is no jitter left. The decay is our choice, and so is its warm-up, at
-    most (1 + step) / (10 + step), so that the average forgets the random start.
+    The average leaves out the jitter of the last steps, which counts while the rate is high.
+    The decay is our choice, and so is its warm-up, at most (1 + step) / (10 + step), so that
+    the average forgets the random start.
     """
     decay = min(decay, (1 + step) / (10 + step))
     averages = list(ema_net.parameters())
     torch._foreach_lerp_(averages, list(net.parameters()), 1 - decay)
 
 
-def train(settings, command="train(settings), with the same settings"):
-    """Train [2.2], or resume a run that was stopped, then sample; returns the
-    validation loss.
+# --------------------------------------------------------------------------------------
+# 5. Settings
+# --------------------------------------------------------------------------------------
 
-    Writes into settings.folder(). Raises ValueError or OSError, with a readable
-    message, for settings, data, a folder or a checkpoint that can't be used, and if the
-    loss is no longer finite; AssertionError if a budget is exceeded; Stopped after a
-    signal, when all is saved. `command` is printed then, as what resumes the run.
+
+def setting(default, help, *allowed):
+    """A field of Settings: its default, what --help says, and what is allowed: for numbers
+    the least and the greatest, for texts the words; nothing: any."""
+    return dataclasses.field(default=default, metadata=dict(help=help, allowed=allowed))
+
+
+PRECISIONS = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+
+
+@dataclasses.dataclass
+class Settings:
+    """All settings; each is a flag of the command line too, `batch_size` as --batch-size.
+    Raises UserError for a value that its field does not allow.
+
+    Numbers that the paper doesn't name are our choice, and so are the optimiser, mirroring,
+    clipping of the gradient and the course of the rate, of which it says nothing. What
+    decided a number is in .github/experiments.md. `recipe` and data="shapes" change the
+    defaults of other fields: see choose_settings.
+    """
+
+    # Where pictures come from and results go to
+    data: str = setting("data", "folder of the data set, downloaded if none; or: shapes")
+    out: str = setting("", "folder to write to; empty: runs/diffusion-<data set>")
+    weights: str = setting("", "file of weights to draw with; empty: weights.pt of the run")
+    restart: bool = setting(False, "begin anew, over the run in the folder")
+
+    # Where it runs. Each kind of device has its own rounding and its own random numbers.
+    device: str = setting("auto", "where to compute", "auto", "cuda", "mps", "cpu")
+    compile: str = setting("auto", "torch.compile; auto: on CUDA", "auto", "on", "off")
+    precision: str = setting("auto", "of matrix products", "auto", *PRECISIONS)
+    log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
+    eval_every: int = setting(1000, "steps between validations; each saves", 1, MAX_STEPS)
+    grid_every: int = setting(5000, "steps between grids of samples", 1, MAX_STEPS)
+
+    # How it is trained
+    seed: int = setting(0, "decides weights, order of pictures, noise", 0, 2**31)
+    steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
+    batch_size: int = setting(256, "pictures per step", 1, 65_536)
+    max_lr: float = setting(2e-3, "peak learning rate", 1e-8, 10.0)
+    warm_up: int = setting(500, "steps in which the rate rises", 1, MAX_STEPS)
+    ema: float = setting(0.999, "decay of the averaged weights; rises to it", 0.0, 0.99999)
+    label_drop: float = setting(0.1, "share of labels dropped; 0: no guidance", 0.0, 1.0)
+    schedule: str = setting("cosine", "noise schedule", *SCHEDULES)
+
+    # Not the paper's: training sees somewhat cleaner pictures than the schedule says, by
+    # this much; validation and sampling don't. The loss falls on nearly clean pictures and
+    # hardly rises on the noisiest, and samples come nearer to real pictures.
+    log_snr_shift: float = setting(1.0, "added to log-SNR in training", -10.0, 10.0)
+
+    # The network. `modulate` is not the paper's; without it width 56 fits into the budget.
+    width: int = setting(48, "channels at 32x32, a multiple of 8", 8, 512)
+    after_injection: str = setting("regular", "convolution", "regular", "separable")
+    modulate: str = setting("on", "scale and shift in all blocks", "on", "off")
+    recipe: str = setting("ours", "paper: its design and sampling", "ours", "paper")
+
+    # How it is sampled. The paper samples with DDPM's noise (eta = 1), w = 3 and dynamic
+    # clipping; these four together come nearer to the real pictures.
+    sample_schedule: str = setting("same", "of sampling", "same", *SCHEDULES)
+    sample_steps: int = setting(50, "denoising steps per sample", 1, 10_000)
+    eta: float = setting(0.6, "fresh noise per step; 1: DDPM, 0: DDIM", 0.0, 1.0)
+    guidance: float = setting(2.0, "w of Eq. (4); 0: none, -1: no class", -1.0, 100.0)
+    clip_x0: str = setting("none", "how a guessed picture is cut", "none", "static", "dynamic")
+
+    # What is sampled
+    classes: str = setting("", "names of classes, by commas; empty: all, mixed")
+    count: int = setting(0, "samples; 0: 64, and 10,000 for fid", 0, 1_000_000)
+    sample_seed: int = setting(0, "decides the noise of samples", 0, 2**31)
+    inception: str = setting("", "file of the FID network; empty: torch hub's folder")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_value(field, getattr(self, field.name))
+        if self.width % 8 != 0:
+            raise UserError(f"--width {self.width} is not a multiple of 8")
+
+    def folder(self):
+        """The folder that a run with these settings writes to, as a Path."""
+        name = "shapes" if self.data == "shapes" else DATASET.__name__.lower()
+        return Path(self.out or f"runs/diffusion-{name}").expanduser()
+
+
+# These decide what is learned. A run goes on only where they are as they were.
+LEARNING = (
+    "seed steps batch_size max_lr warm_up ema label_drop schedule log_snr_shift width "
+    "after_injection modulate"
+).split()
+
+# These decide how samples are drawn, unless a command says otherwise.
+SAMPLING = "sample_schedule sample_steps eta guidance clip_x0".split()
+
+# Defaults for drawn shapes: a small network, minutes on a CPU. The linear schedule dwells on
+# high noise, where shapes form.
+SHAPES = dict(
+    width=24,
+    steps=1000,
+    batch_size=32,
+    max_lr=5e-3,
+    warm_up=50,
+    ema=0.98,
+    eval_every=100,
+    grid_every=200,
+    schedule="linear",
+    log_snr_shift=0.0,
+    sample_steps=30,
+)
+
+# What `--recipe paper` sets; a flag of the same command still wins. That it takes 100 steps is
+# our choice: so much fresh noise needs more of them.
+PAPER = dict(
+    modulate="off",
+    width=56,
+    log_snr_shift=0.0,
+    sample_steps=100,
+    eta=1.0,
+    guidance=3.0,
+    clip_x0="dynamic",
+)
+
+
+def choose_settings(**given):
+    """Settings from those `given`. For the rest, in this order: the defaults
+    for data="shapes", what recipe="paper" sets, the defaults. Raises UserError as Settings does."""
+    values = {}
+    if given.get("recipe") == "paper":
+        values.update(PAPER)
+    if given.get("data") == "shapes":
+        values.update(SHAPES)
+    return Settings(**{**values, **given})
+
+
+def build_network(settings, classes):
+    """The UNet of `settings` on the CPU, its weights drawn from their seed. Seeds torch's
+    generator for that."""
+    torch.manual_seed(settings.seed)
+    modulate = settings.modulate == "on"
+    return UNet(classes, settings.width, settings.after_injection, modulate)
+
+
+# --------------------------------------------------------------------------------------
+# 6. Training
+# --------------------------------------------------------------------------------------
+
+
+def train(settings):
+    """Train [2.2], or go on with a run that was stopped, then sample; returns the validation
+    loss.
+
+    Writes into settings.folder(). Raises UserError or OSError for settings, data, a folder or
+    a checkpoint that can't be used, and if the loss is no longer finite; AssertionError if a
+    budget is exceeded; KeyboardInterrupt after Ctrl-C or SIGTERM, when all is saved.
     """
     if settings.weights:
-        raise UserError("training can't start from --weights, only anew or by resuming")
-    device, precision, out = set_up(settings)
+        raise UserError("training takes no --weights: it begins anew, or goes on with its own run")
+    device, precision = set_up(settings)
+    out = make_folder(settings)
     data = load_data(settings.data, device)
-    check_batch_size(settings.batch_size, len(data.train_y))
-    find_classes(settings.classes, data.names)  # better to fail now than after training
+    pictures = len(data.train_y)
+    batches = pictures // settings.batch_size  # per epoch; a last incomplete one is dropped
+    if batches == 0:
+        raise UserError(f"--batch-size {settings.batch_size}: there are {pictures} pictures")
+    find_classes(settings.classes, data.names)  # a mistyped name should fail now
 
-    # Build it. On CUDA it is compiled too, by trial calls on example inputs: section 14.
-    net = build_network(settings, len(data.names), device)
-    example = network_example(data.train_x, data.train_y, settings.batch_size)
-    compile_network(net, settings.compile, [example], precision)
-
-    # The averaged network is used to validate and to sample; it learns nothing by itself.
+    # The network, and the average of its weights, which is what validates and samples.
+    net = build_network(settings, len(data.names)).to(device)
     ema_net = copy.deepcopy(net).eval().requires_grad_(False)
-    examples = [
-        network_example(data.test_x, data.test_y, EVAL_BATCH),
-        sampler_example(ema_net, settings),
-    ]
-    compile_network(ema_net, settings.compile, examples, precision)
+    compile_network(net, settings.compile)
+    compile_network(ema_net, settings.compile)
+    optimiser = make_optimiser(net)
 
-    # Adam, as in [11], and no weight decay. With a second beta of 0.99 it forgets large
-    # gradients sooner than with 0.999 (our choice). `fused` updates all weights in one
-    # kernel. Its rate is set before each step.
-    optimiser = torch.optim.Adam(net.parameters(), betas=(0.9, 0.99), fused=True)
-
-    # fp16 can't hold small gradients, so the loss is scaled up before the backward pass
-    # and the gradients down after it. In fp32 and bf16 the scaler does nothing.
+    # fp16 can't hold small gradients, so the loss is scaled up before the backward pass and
+    # the gradients down after it. In fp32 and bf16 the scaler does nothing.
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
 
-    # Low-discrepancy t [2.2]: a Sobol sequence, of which each draw falls into a gap
-    # that the earlier ones left, so a batch covers [0,1] evenly and the loss estimate
-    # varies less, which often speeds training up [2.3, 19]. (Here its variance is 2.7 times
-    # smaller with 32 pictures per step, 4.4 times with 64, and the loss at the end of a short
-    # run the same.) In a batch of 2^n, row i gets its t from nearly the same part of [0,1]
-    # each time, so nothing else may depend on the row: the pictures come in random order.
+    # The times t of all steps, of low discrepancy [2.2]: a Sobol sequence, of which each
+    # draw falls into a gap that the earlier ones left. So a batch covers [0,1] evenly and
+    # the loss estimate varies less [2.3, 19]. In a batch of 2^n, row i gets its t from nearly
+    # the same part of [0,1] each time, so the pictures must come in random order.
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
+    times = sobol.draw(settings.steps * settings.batch_size)
+    times = times.view(settings.steps, settings.batch_size).to(device)
 
-    # All other random numbers come from one generator on the device; sampling has its
-    # own, so a grid in between changes nothing.
-    random = torch.Generator(device).manual_seed(settings.seed)
-    on_device = dict(generator=random, device=device)
-
-    # An epoch is one random order of the training pictures, and a time t for each;
-    # `position` is how far we are. A last incomplete batch is dropped.
-    step = 0
-    position = 0
-    pictures = len(data.train_y)
-    epoch_size = pictures - pictures % settings.batch_size
-    order = torch.empty(0, device=device)
-    times = torch.empty(0, device=device)
-
-    # The checkpoint of a run that was stopped puts all of this back to where it was.
+    # A run that was stopped goes on.
     path = out / "checkpoint.pt"
-    log = TrainingLog(out, settings.steps, settings.batch_size, device)
-    parts = dict(net=net, ema=ema_net, optimiser=optimiser, log=log)
-    if path.exists():
-        print(f"resuming from {path}")
-        state = load_checkpoint(path, settings, data.checksum)
-        restore(parts, state)
-        step = state["step"]
-        position = state["position"]
-        order = state["order"].to(device)
-        times = state["times"].to(device)
-
-        # All t drawn so far: those used, and the rest of this epoch's.
-        sobol.fast_forward(step * settings.batch_size + len(times) - position)
-        if state["scaler"]:
-            scaler.load_state_dict(state["scaler"])
-
-        # Each kind of device has its own kind of generator. On another kind than before
-        # it begins anew, at numbers that the run hasn't had yet.
-        if state["device"] == device.type:
-            random.set_state(state["random"])
-        else:
-            random.manual_seed(settings.seed + step)
-    print(f"{step:,} of {settings.steps:,} steps done")
+    seen = modified(path)
+    parts = dict(net=net, ema=ema_net, optimiser=optimiser, scaler=scaler)
+    first = 0
+    rows = []  # of the log
+    if seen and not settings.restart:
+        first, rows = resume(path, settings, data.names, parts)
+    step = first
 
     # The parameter budget [2.1].
-    print(f"parameters:\n{parameter_table(net)}")
     count = count_parameters(net)
+    for name, stage in net.named_children():
+        print(f"  {name:<15}{count_parameters(stage):>8,}")
+    print(f"  {'parameters':<15}{count:>8,}")
     assert count < MAX_PARAMETERS, f"{count:,} parameters, not under {MAX_PARAMETERS:,}"
 
+    losses = []  # since the last row of the log
+    clock = time.perf_counter()
     stopping = False
-    log.start_clock(step)
-    with StopSignals() as stop:  # Ctrl-C lets the step end and saves: section 13
+    with stop_requests() as stop:  # after Ctrl-C the step ends, and all is saved
         while step < settings.steps and not stopping:
             # The step budget [2.1].
             assert step < MAX_STEPS, f"all {MAX_STEPS:,} optimiser steps are spent"
 
-            # A new epoch: pictures in a new order, and all their t in one go.
-            if position == len(order):
-                order = torch.randperm(pictures, **on_device)[:epoch_size]
-                if settings.timesteps == "sobol":
-                    times = to_device(sobol.draw(epoch_size)[:, 0], device)
-                else:
-                    times = torch.rand(epoch_size, **on_device)
-                position = 0
+            # An epoch is one random order of the training pictures.
+            epoch, batch = divmod(step, batches)
+            if batch == 0 or step == first:
+                random = seeded_generator(device, settings.seed, 0, epoch)
+                order = torch.randperm(pictures, generator=random, device=device)
 
-            # Choose pictures and times: the next ones in order.
-            end = position + settings.batch_size
-            chosen = order[position:end]
-            t = times[position:end]  # (B,)
-            y = data.train_y[chosen]  # (B,)
+            # Choose pictures, the next ones in order, and times.
+            start = batch * settings.batch_size
+            chosen = order[start : start + settings.batch_size]
             x = to_model(data.train_x[chosen])  # (B,3,32,32)
-            position = end
+            y = data.train_y[chosen]  # (B,)
+            t = times[step]  # (B,)
 
             # Mirror half of them. Drop some labels: the network learns "no class" too,
             # which guidance needs [12].
-            flip_draw, label_draw = torch.rand(2, settings.batch_size, **on_device)
-            x = random_flip(x, flip_draw)
-            labels = y.masked_fill(label_draw < settings.label_drop, net.no_class)
+            random = seeded_generator(device, settings.seed, 1, step)
+            flip, drop = torch.rand(2, len(y), generator=random, device=device)
+            x = random_flip(x, flip)
+            labels = y.masked_fill(drop < settings.label_drop, net.no_class)
 
             # Noise each picture to the level of its own t, or, which is ours, a little less:
             # Eq. (2). The target is v: Eq. (1).
-            noise = torch.randn(x.shape, **on_device)
-            log_snr = to_log_snr(t, settings.schedule) + settings.log_snr_shift  # (B,)
+            noise = torch.randn(x.shape, generator=random, device=device)
+            log_snr = SCHEDULES[settings.schedule](t) + settings.log_snr_shift  # (B,)
             alpha, sigma = to_alpha_sigma(log_snr)  # (B,1,1,1)
             x_t = add_noise(x, noise, alpha, sigma)
             v = velocity(x, noise, alpha, sigma)
 
-            # Forward, in bf16 on a GPU that has it: section 14.
+            # Forward, in bf16 on a GPU that has it.
             with autocast(device, precision):
                 pred_v = net(x_t, log_snr, labels)
 
             # Loss, in fp32: Eq. (3), as a mean over pictures and pixels.
             loss = (v - pred_v).square().mean()
 
-            # The gradient; all of it is scaled down if its norm is above clip_norm (our choice).
+            # The gradient; all of it is scaled down if its norm is above 1 (our choice).
             optimiser.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimiser)
-            nn.utils.clip_grad_norm_(net.parameters(), settings.clip_norm)
+            nn.utils.clip_grad_norm_(net.parameters(), max_norm=1.0)
 
             # One optimiser step, and the averaged weights follow. (A step whose fp16
             # gradients overflowed leaves the weights as they are, and lowers the scale.)
             rate = learning_rate(step, settings.steps, settings.max_lr, settings.warm_up)
             optimiser.param_groups[0]["lr"] = rate
-
             scaler.step(optimiser)
             scaler.update()
             update_ema(ema_net, net, settings.ema, step)
             step += 1
 
             # That was the algorithm; it reads no number back from a GPU. Reading one waits
-            # for all that was launched, so the rest happens only now and then: sections
-            # 6, 8, 12 and 13.
-            log.add(step, loss.detach())
-            stopping = stop.received is not None
+            # for all that was launched, so the rest happens only now and then.
+            losses.append(loss.detach())
+            stopping = len(stop) > 0
             validating = step % settings.eval_every == 0 or step == settings.steps
-            drawing = step % settings.grid_every == 0 and step < settings.steps
-            if step % settings.log_every == 0 or validating or drawing or stopping:
-                log.new_row(step, rate, net)
+            if validating or stopping or step == 1 or step % settings.log_every == 0:
+                row = new_row(step, settings, losses, rate, clock)
                 if validating:
-                    schedule, label_drop = settings.schedule, settings.label_drop
-                    scores = validate(ema_net, data, schedule, precision, label_drop)
-                    log.add_scores(scores)
-                log.show(validating or drawing)
+                    row.update(validate(ema_net, data, settings, precision))
+                show_row(row)
+                rows.append(row)
                 if validating or stopping:
-                    progress = dict(
-                        step=step,
-                        position=position,
-                        order=order,
-                        times=times,
-                        random=random.get_state(),
-                        device=device.type,
-                        scaler=scaler.state_dict(),
-                        command=command,
-                    )
-                    save_checkpoint(path, settings, data, parts, progress)
-                    log.write_files()
-                if drawing:
-                    save_class_grid(settings, ema_net, data.names, step)
-                log.start_clock(step)
+                    seen = save_checkpoint(path, seen, step, settings, data.names, parts, rows)
+                    save_log(out, rows, settings.steps)
+                if validating:
+                    save_weights(out / "weights.pt", settings, ema_net, data.names, row)
+                losses = []
+                clock = time.perf_counter()
+            if step % settings.grid_every == 0 or step == settings.steps:
+                save_class_grid(settings, ema_net, data.names, step)
+                clock = time.perf_counter()
 
-    if stop.received is not None:
-        raise stop.stopped(step, path, command)
-    log.summarise(step)
-    show_results(settings, ema_net, data, step)
-    return log.rows[-1]["val_loss"]
+    if stopping:
+        raise KeyboardInterrupt(
+            f"saved at step {step:,}: the same command goes on (without --restart)"
+        )
+    seconds = sum(row["seconds"] for row in rows)
+    print(f"{step * settings.batch_size:,} pictures in {seconds:,.0f} s of training")
+    if device.type == "cuda":
+        print(f"peak memory {torch.cuda.max_memory_allocated() >> 20:,} MiB")
+    sample_mode(settings, ema_net, data.names)
+    interpolate_mode(settings, ema_net, data.names)
+    neighbours_mode(settings, ema_net, data.names)
+    return rows[-1]["val_loss"]
 
 
 # --------------------------------------------------------------------------------------
-# 6. Validation loss
+# 7. Validation loss
 # --------------------------------------------------------------------------------------
-
-
-EVAL_BATCH = 256  # pictures at once
 
 
 @torch.no_grad()
-def validation_loss(
-    net, x, y, schedule="cosine", precision=torch.float32, count=1024
+def validation_losses(
+    net, x, y, schedule=cosine_schedule, precision=torch.float32, count=1024
 ):
-    """Eq. (3) on at most `count` test pictures, x uint8 (N,3,32,32), y (N,), each with
-    fixed noise, at t = (i + 1/2)/count: (mean, list of the means in five bins of t of
-    nearly equal size, clean to noisy).
+    """Eq. (3) for each of at most `count` test pictures, x uint8 (N,3,32,32), y (N,), with
+    fixed noise: (count,), number i at t = (i + 1/2)/count, so from clean to noisy.
 
     All its seeds are fixed, so two networks, or two moments of one, compare picture by
     picture. Settings that were chosen by it look a little too good on these pictures.
@@ -952,43 +883,36 @@ def validation_loss(
     chosen = np.random.RandomState(0).permutation(len(y))[:count]
     chosen = torch.from_numpy(chosen).to(y.device)
     count = len(chosen)
-    generator = torch.Generator().manual_seed(1)
-    noises = torch.randn(count, *x.shape[1:], generator=generator)
-    times = (torch.arange(count) + 0.5) / count
+    t = (torch.arange(count, device=y.device) + 0.5) / count
+    noise = torch.randn(count, *x.shape[1:], generator=torch.Generator().manual_seed(1))
+    noise = noise.to(y.device)
 
-    losses = []
-    batches = [part.split(EVAL_BATCH) for part in (chosen, noises, times)]
-    for i, noise, t in zip(*batches):
-        picture = to_model(x[i])
-        noise = noise.to(y.device)
-        log_snr = to_log_snr(t.to(y.device), schedule)
-        alpha, sigma = to_alpha_sigma(log_snr)
-        x_t = add_noise(picture, noise, alpha, sigma)
-        with autocast(y.device, precision):
-            pred_v = net(x_t, log_snr, y[i])
-        error = velocity(picture, noise, alpha, sigma) - pred_v
-        losses.append(error.square().flatten(1).mean(1))
-
-    losses = torch.cat(losses).cpu()
-    bins = [part.mean().item() for part in losses.chunk(5)]
-    return losses.mean().item(), bins
+    picture = to_model(x[chosen])
+    log_snr = schedule(t)
+    alpha, sigma = to_alpha_sigma(log_snr)
+    x_t = add_noise(picture, noise, alpha, sigma)
+    with autocast(y.device, precision):
+        pred_v = net(x_t, log_snr, y[chosen])
+    error = velocity(picture, noise, alpha, sigma) - pred_v
+    return error.square().flatten(1).mean(1)
 
 
-def validate(net, data, schedule, precision, label_drop=0.0):
-    """The validation loss and its five bins, for one row of the log."""
-    net.eval()
+def validate(net, data, settings, precision):
+    """The validation loss, and its means in five bins of t of nearly equal size, clean to
+    noisy, for one row of the log."""
     labels = data.test_y
-    if label_drop == 1:  # trained without classes
+    if settings.label_drop == 1:  # trained without classes
         labels = torch.full_like(labels, net.no_class)
-    loss, bins = validation_loss(net, data.test_x, labels, schedule, precision)
-    scores = dict(val_loss=loss)
-    for i, value in enumerate(bins):
-        scores[f"bin{i}"] = value
+    schedule = SCHEDULES[settings.schedule]
+    losses = validation_losses(net, data.test_x, labels, schedule, precision)
+    scores = dict(val_loss=losses.mean().item())
+    for i, part in enumerate(losses.chunk(5)):
+        scores[f"bin{i}"] = part.mean().item()
     return scores
 
 
 # --------------------------------------------------------------------------------------
-# 7. Guidance, clipping, sampler
+# 8. Guidance and sampler
 # --------------------------------------------------------------------------------------
 
 
@@ -996,19 +920,18 @@ def guide(v_cond, v_uncond, w):
     """Classifier-free guidance, Eq. (4) [12]: (1 + w) v_cond - w v_uncond.
 
     v_cond - v_uncond is what the class changes in the guess. With w = 0 it counts as
-    learned, with w > 0 more than that, so that pictures are clearer and less varied, with
+    learned; with w > 0 more than that, so that pictures are clearer and less varied; with
     w = -1 not at all. Others call 1 + w the guidance scale: their 4 is the paper's w = 3.
     """
     return (1 + w) * v_cond - w * v_uncond
 
 
 def guided_velocity(net, labels, w):
-    """The function (x_t, log_snr) -> v that a sampler calls, log_snr a number: `net`
-    with guidance w.
+    """The function (x_t, log_snr) -> v that a sampler calls, log_snr a number: `net` with
+    guidance w.
 
-    labels as UNet takes them, (B,) or (B,E). Both halves of Eq. (4) go through the
-    network as one batch of 2B. With w = 0 the first half is enough, and a call costs
-    half.
+    labels as UNet takes them, (B,) or (B,E). Both halves of Eq. (4) go through the network
+    as one batch of 2B. With w = 0 the first half is enough, and a call costs half.
     """
     wanted = net.embed(labels)  # (B,E)
     no_class = torch.full((1,), net.no_class, device=wanted.device)
@@ -1027,13 +950,12 @@ def guided_velocity(net, labels, w):
 
 
 def clip_picture(pred_x0, how, percentile=0.995):
-    """Keep predicted pictures (B,3,H,W) in range: "none", "static" (cut at ±1), or
-    "dynamic", which [29] calls dynamic thresholding.
+    """Keep guessed pictures (B,3,H,W) in range: "none", "static" (cut at ±1), or "dynamic"
+    [2.3], which [29] calls dynamic thresholding.
 
-    Guidance drives predictions out of [-1,1]. Cutting saturates them; dynamic clipping
-    cuts a picture at s = max(1, 99.5th percentile of its |values|) and divides by s
-    (99.5: our choice). With w = 2, "none" scored better than "dynamic": see `clip_x0` in
-    the settings.
+    Guidance drives guesses out of [-1,1]. Cutting saturates them; dynamic clipping cuts a
+    picture at s = max(1, 99.5th percentile of its |values|) and divides by s (99.5: our
+    choice).
     """
     if how == "none":
         return pred_x0
@@ -1046,12 +968,12 @@ def clip_picture(pred_x0, how, percentile=0.995):
 
 @torch.no_grad()
 def ddim_sample(model, x_t, log_snrs, eta=0.6, clip="none", draw_noise=torch.randn_like):
-    """Pictures from noise [2.3, 11, 35]: x_t (B,3,H,W) at log_snrs[0] -> the last
-    predicted x_0.
+    """Pictures from noise, by DDIM, DDPM and what lies between [2.3, 11, 35]: x_t (B,3,H,W)
+    at log_snrs[0] -> the last guessed picture.
 
-    model(x_t, log_snr) gives v, log_snr a number; log_snrs (S,), on the CPU, rises, and
-    the model is called once for each. eta scales the fresh noise: 1 adds what DDPM adds,
-    0 (DDIM) adds none. draw_noise(x_t) gives noise in its shape.
+    model(x_t, log_snr) gives v, log_snr a number; log_snrs (S,), on the CPU, rises, and the
+    model is called once for each. eta scales the fresh noise: 1 adds what DDPM adds, 0 (DDIM)
+    adds none. draw_noise(x_t) gives noise in its shape.
     """
     # All pictures have the same level of noise here, so plain numbers do.
     alphas, sigmas = to_alpha_sigma(log_snrs)
@@ -1065,8 +987,8 @@ def ddim_sample(model, x_t, log_snrs, eta=0.6, clip="none", draw_noise=torch.ran
         pred_x0, _ = split(x_t, v, alpha, sigma)
         pred_x0 = clip_picture(pred_x0, clip)
 
-        # The last step ends with the picture. A schedule has a little noise left at the
-        # end (sigma = 0.01 on the linear one), which the picture need not have again.
+        # The last step ends with the picture. A schedule has a little noise left at the end
+        # (sigma = 0.01 on the linear one), which the picture need not have again.
         if i + 1 == len(log_snrs):
             break
 
@@ -1074,12 +996,13 @@ def ddim_sample(model, x_t, log_snrs, eta=0.6, clip="none", draw_noise=torch.ran
         # clipping. Picture and noise must add up to x_t, so it is computed again.
         pred_noise = (x_t - alpha * pred_x0) / sigma
 
-        # Of the next level's variance, next_sigma², a part is fresh noise:
-        #     eta² * next_sigma² / sigma² * beta
-        # and the rest is the noise just found. With eta = 1 that is DDPM's posterior: its
-        # mean given pred_x0, and the smaller of the two variances that [11] tries (our
-        # choice). beta is DDPM's beta_t, the variance that comes in when a picture goes
-        # from the next level, which is cleaner, to this one.
+        # The next level has noise of variance next_sigma². A part of it is drawn afresh:
+        #     eta² * next_sigma² / sigma² * beta,
+        # and the rest is the noise just found. beta is DDPM's beta_t: what a picture at the
+        # next, cleaner level is scaled by is alpha / next_alpha = sqrt(1 - beta), and the
+        # noise added to it has variance beta. By Bayes' rule, the picture at the next level,
+        # given x_t and pred_x0, then has variance next_sigma² / sigma² * beta. So eta = 1 is
+        # DDPM with the smaller of the two variances that [11] tries (our choice).
         next_alpha = alphas[i + 1]
         next_sigma = sigmas[i + 1]
         beta = 1 - (alpha / next_alpha) ** 2
@@ -1093,158 +1016,201 @@ def ddim_sample(model, x_t, log_snrs, eta=0.6, clip="none", draw_noise=torch.ran
     return pred_x0
 
 
-NOISE_CHUNK = 50  # samples that share a generator of noise
+# --------------------------------------------------------------------------------------
+# 9. Samples, interpolation, grid
+# --------------------------------------------------------------------------------------
+
+SAMPLE_BATCH = 250  # samples at once
 
 
-def whole_chunks(batch):
-    """A number of samples, rounded up to a multiple of 50."""
-    return math.ceil(batch / NOISE_CHUNK) * NOISE_CHUNK
+def noise_source(seed, batch, count, device):
+    """A function that draws noise (count,3,32,32) for batch number `batch` of samples.
 
-
-class SampleNoise:
-    """Noise for samples number `first` to `first + count`; each call gives
-    (count,3,32,32).
-
-    Each block of 50 samples has a generator of its own, with a seed from `seed` and the
-    number of the block. So the noise is the same whatever the batch; `first` is a
-    multiple of 50.
+    It draws for a whole batch and returns the first `count`, so sample number i gets the same
+    noise however many are asked for.
     """
+    random = seeded_generator(device, seed, batch)
 
-    def __init__(self, seed, first, count, device):
-        self.count = count
-        self.device = device
-        self.generators = []
-        for number in range(first // NOISE_CHUNK, math.ceil((first + count) / NOISE_CHUNK)):
-            # No run has a million chunks, so two values of `seed` share no generator.
-            # (Very large ones may: the CPU's takes a seed modulo 2^32.)
-            generator = torch.Generator(device).manual_seed(1_000_003 * seed + number)
-            self.generators.append(generator)
+    def draw_noise(x=None):  # x is not used: ddim_sample gives it
+        noise = torch.randn(SAMPLE_BATCH, 3, 32, 32, generator=random, device=device)
+        return noise[:count]
 
-    def __call__(self, x=None):  # x is ignored: ddim_sample gives it
-        shape = (NOISE_CHUNK, 3, 32, 32)
-        chunks = []
-        for generator in self.generators:
-            chunks.append(torch.randn(shape, generator=generator, device=self.device))
-        return torch.cat(chunks)[: self.count]
+    return draw_noise
 
 
+@torch.no_grad()
 def generate(
     net,
     labels,
     *,
-    schedule="cosine",
+    schedule=cosine_schedule,
     steps=50,
     eta=0.6,
     guidance=2.0,
     clip="none",
     seed=0,
     start=None,
-    batch=250,
     precision=torch.float32,
-    progress=None,
 ):
-    """One sample for each of labels, (N,) or (N,E), as uint8 (N,3,32,32) on the CPU.
+    """One sample for each of labels, class numbers (N,) or embeddings (N,E): uint8
+    (N,3,32,32) on the CPU.
 
     `schedule` and `steps` say at which noise levels, `eta` and `clip` are those of
-    ddim_sample, `guidance` is w of Eq. (4). `seed` decides the noise. `start`
-    (N,3,32,32) is the first noise, if it is not to be drawn. `progress(done, count)` is
-    called after each batch. `batch` bounds the memory of the device. Leaves `net` in
-    evaluation mode.
+    ddim_sample, `guidance` is w of Eq. (4), `seed` decides the noise. `start` (N,3,32,32) is
+    the first noise, if it is not to be drawn. `net` should be in evaluation mode.
     """
-    net.eval()
-    device = labels.device
-    t = torch.linspace(1, 0, steps + 1)[:-1]
-    log_snrs = to_log_snr(t, schedule)  # (steps,), from pure noise; t = 0 needs no call
-    batch = whole_chunks(batch)
-
+    t = torch.linspace(1, 0, steps + 1)[:-1]  # (steps,), from pure noise; t = 0 needs no call
+    log_snrs = schedule(t)
     pictures = []
-    for first in range(0, len(labels), batch):
-        some = labels[first : first + batch]
-        noise = SampleNoise(seed, first, len(some), device)
-        x = noise()  # drawn in any case, so that the noise of the steps is always the same
+    for batch, some in enumerate(labels.split(SAMPLE_BATCH)):
+        first = batch * SAMPLE_BATCH
+        print(f"drawing {first:,} to {first + len(some):,} of {len(labels):,}", flush=True)
+
+        # Noise is drawn in any case, so that that of the steps is always the same.
+        draw_noise = noise_source(seed, batch, len(some), labels.device)
+        x = draw_noise()
         if start is not None:
-            x = start[first : first + batch]
-        with torch.no_grad(), autocast(device, precision):
+            x = start[first : first + len(some)]
+        with autocast(labels.device, precision):
             model = guided_velocity(net, some, guidance)
-            x = ddim_sample(model, x, log_snrs, eta, clip, noise)
+            x = ddim_sample(model, x, log_snrs, eta, clip, draw_noise)
         pictures.append(to_uint8(x).cpu())
-        if progress:
-            progress(first + len(some), len(labels))
     return torch.cat(pictures)
 
 
-# --------------------------------------------------------------------------------------
-# 8. Interpolation, grid dump
-# --------------------------------------------------------------------------------------
+def sampling_options(settings, device):
+    """What generate takes from the settings, as keywords."""
+    # Where no label was ever dropped, the embedding of "no class" was never trained, and
+    # where all were, those of the classes weren't. Sampling must do without them.
+    guidance = {0.0: 0.0, 1.0: -1.0}.get(settings.label_drop, settings.guidance)
+    name = settings.sample_schedule
+    return dict(
+        schedule=SCHEDULES[settings.schedule if name == "same" else name],
+        steps=settings.sample_steps,
+        eta=settings.eta,
+        guidance=guidance,
+        clip=settings.clip_x0,
+        seed=settings.sample_seed,
+        precision=choose_precision(device, settings.precision),
+    )
+
+
+def find_classes(words, names):
+    """Class numbers from words like "rose, Aquarium Fish"; none from an empty text. Case and
+    underscores don't matter. Raises UserError, with names that are near, for other words."""
+    known = {name.lower().replace("_", " "): i for i, name in enumerate(names)}
+    numbers = []
+    for word in words.lower().replace("_", " ").split(","):
+        word = word.strip()
+        if word in known:
+            numbers.append(known[word])
+        elif word:
+            near = difflib.get_close_matches(word, known, cutoff=0.5) or list(known)
+            raise UserError(f"--classes {word}: no such class; there is {', '.join(near)}")
+    return numbers
+
+
+def pick_labels(settings, names, count, device):
+    """Class numbers (count,) on the device: the classes asked for in turn, or if none were,
+    all of them in an order drawn from the seed of sampling."""
+    classes = find_classes(settings.classes, names)
+    if not classes:
+        random = torch.Generator().manual_seed(settings.sample_seed)
+        classes = torch.randperm(len(names), generator=random).tolist()
+    labels = [classes[i % len(classes)] for i in range(count)]
+    return torch.tensor(labels, device=device)
+
+
+def save_grid(path, x, columns, scale=2):
+    """Pictures uint8 (N,3,32,32) as one PNG, row by row, each pixel drawn `scale` wide."""
+    grid = torchvision.utils.make_grid(x.cpu(), columns, padding=1, pad_value=255)
+    image = Image.fromarray(grid.permute(1, 2, 0).numpy())
+    size = (image.width * scale, image.height * scale)
+    image.resize(size, Image.NEAREST).save(path)
+    print(path)
+
+
+def sample_mode(settings, net, names):
+    """Figure 3, left: `count` samples, not cherry-picked. Writes samples.png (400 at most) and
+    samples.npz: arr_0, uint8 (count,32,32,3), as other programs for FID read it, and arr_1,
+    the class numbers. Returns the pictures, uint8 (count,3,32,32)."""
+    device = choose_device(settings.device)
+    labels = pick_labels(settings, names, settings.count or 64, device)
+    x = generate(net, labels, **sampling_options(settings, device))
+
+    out = make_folder(settings)
+    shown = x[:400]
+    save_grid(out / "samples.png", shown, columns=max(8, math.isqrt(len(shown))))
+    np.savez_compressed(out / "samples.npz", x.permute(0, 2, 3, 1).numpy(), labels.cpu().numpy())
+    print(out / "samples.npz")
+    return x
 
 
 def slerp(a, b, share):
-    """Spherical interpolation [2.3, 39]: (B,...) and (B,...) at share (B,) of the way,
-    each row flattened whole.
+    """Spherical interpolation [2.3, 39]: (B,...) and (B,...) at share (B,) of the way, each
+    row flattened whole.
 
-    Noise of 3,072 numbers is nearly always of the same length. The middle of a straight
-    line between two would be 0.7 times as long, a noise that the network has never seen.
-    Between nearly parallel or opposite rows, where it would divide by 0, a straight line.
+    Noise of 3,072 numbers is nearly always of the same length. The middle of a straight line
+    between two would be 0.7 times as long, a noise that the network has never seen. Between
+    nearly parallel or opposite rows, where it would divide by 0, a straight line.
     """
     flat_a = a.flatten(1)
     flat_b = b.flatten(1)
     share = share.view(-1, 1).to(a.dtype)
-    product = F.normalize(flat_a, dim=1) * F.normalize(flat_b, dim=1)
-    cosine = product.sum(1, keepdim=True)
-    angle = cosine.clamp(-1, 1).acos()
+    cosine = F.cosine_similarity(flat_a, flat_b).clamp(-1, 1)
+    angle = cosine.acos()[:, None]  # (B,1)
+    sine = angle.sin()
 
-    straight = angle.sin().abs() < 1e-3
-    sine = angle.sin().where(~straight, torch.ones_like(angle))
+    # `where` computes both; the one that was divided by 0 is not taken.
+    straight = sine.abs() < 1e-3
     weight_a = torch.where(straight, 1 - share, ((1 - share) * angle).sin() / sine)
     weight_b = torch.where(straight, share, (share * angle).sin() / sine)
     return (weight_a * flat_a + weight_b * flat_b).view_as(a)
 
 
+@torch.no_grad()
 def interpolate(net, ends, labels, count=10, **options):
-    """Pictures between pairs [2.3]: `ends` (2,P,3,32,32) first noises, `labels` (2,P)
-    classes of P pairs -> uint8 (P*count,3,32,32), pair after pair, ends included.
-    `options` as generate.
+    """Pictures between pairs [2.3]: `ends` (2,P,3,32,32) first noises, `labels` (2,P) classes
+    of P pairs -> uint8 (P*count,3,32,32), pair after pair, ends included. `options` as
+    generate.
 
     Noise and class embedding both go along the sphere, and eta = 0 makes the rest
-    deterministic: so the outer pictures are those that the ends' own noise and class
-    give.
+    deterministic: so the outer pictures are those that the ends' own noise and class give.
     """
     pairs = ends.shape[1]
     share = torch.linspace(0, 1, count, device=ends.device).repeat(pairs)  # (P*count,)
 
-    def between(both):
-        # (2,P,...) -> the left and the right end for each picture: (P*count,...)
-        left, right = both.repeat_interleave(count, dim=1)
-        return slerp(left, right, share)
+    # The left and the right end for each picture, each (P*count,...).
+    noise_a, noise_b = ends.repeat_interleave(count, dim=1)
+    class_a, class_b = net.embed(labels).repeat_interleave(count, dim=1)
 
-    with torch.no_grad():
-        embeddings = between(net.embed(labels))  # (P*count,E)
-    options.update(eta=0.0, start=between(ends))
-    return generate(net, embeddings, **options)
+    options.update(eta=0.0, start=slerp(noise_a, noise_b, share))
+    return generate(net, slerp(class_a, class_b, share), **options)
 
 
-def save_grid(path, x, columns, scale=2):
-    """Pictures uint8 (N,3,32,32) as one PNG, row by row, each pixel drawn `scale`
-    wide."""
-    grid = torchvision.utils.make_grid(x.cpu(), columns, padding=1, pad_value=255)
-    image = Image.fromarray(grid.permute(1, 2, 0).numpy())
-    size = (image.width * scale, image.height * scale)
-    image.resize(size, Image.NEAREST).save(path)
+def interpolate_mode(settings, net, names, pairs=8):
+    """Figure 3, middle: interpolations.png, one row per pair, ends included. Returns the
+    pictures, uint8 (pairs*10,3,32,32)."""
+    device = choose_device(settings.device)
+    labels = pick_labels(settings, names, 2 * pairs, device).view(pairs, 2).T
+    random = torch.Generator().manual_seed(settings.sample_seed)
+    ends = torch.randn(2, pairs, 3, 32, 32, generator=random).to(device)
+    x = interpolate(net, ends, labels, **sampling_options(settings, device))
+    save_grid(make_folder(settings) / "interpolations.png", x, columns=10)
+    return x
 
 
 def save_class_grid(settings, net, names, step):
-    """grid-<step>.png: one row per class for ten classes (those asked for, or ten from
-    all over the list), ten pictures each; always from the same noise, so that grids of
-    one run compare."""
+    """grid-<step>.png: one row per class for ten classes (those asked for, or ten from all
+    over the list), ten pictures each; always from the same noise, so that grids of one run
+    compare."""
     spread = torch.linspace(0, len(names) - 1, 10).long().tolist()
     classes = (find_classes(settings.classes, names) or spread)[:10]
-    device = next(net.parameters()).device
+    device = choose_device(settings.device)
     labels = torch.tensor(classes, device=device).repeat_interleave(10)
     x = generate(net, labels, **sampling_options(settings, device))
-
-    path = settings.folder() / f"grid-{step:06}.png"
-    save_grid(path, x, columns=10)
-    print(f"{path}: " + ", ".join(names[i] for i in classes))
+    print("from the top: " + ", ".join(names[i] for i in classes))
+    save_grid(make_folder(settings) / f"grid-{step:06}.png", x, columns=10)
 
 
 # ======================================================================================
@@ -1253,42 +1219,62 @@ def save_class_grid(settings, net, names, step):
 
 
 # --------------------------------------------------------------------------------------
-# 9. Neighbours
+# 10. Neighbours and FID
 # --------------------------------------------------------------------------------------
 
 
-def pixel_distances(a, b):
-    """Euclidean distances between pictures uint8 (A,3,H,W) and (B,3,H,W): (A,B), pixels
-    in [0,255]. 5,000 of b at a time, for the memory."""
-    a = a.flatten(1).float()
-    parts = [torch.cdist(a, some.flatten(1).float()) for some in b.split(5000)]
-    return torch.cat(parts, dim=1)
+def nearest_neighbours(queries, pictures, k=1):
+    """The k pictures nearest to each query, each as it is or mirrored, by Euclidean distance
+    of pixels in [0,255]: distance (Q,k), and pictures (Q,k,3,H,W). Both uint8 (.,3,H,W), on
+    one device.
 
-
-def nearest_neighbours(queries, pictures, k=1, chunk=250):
-    """The k pictures nearest to each query, each as it is or mirrored, by Euclidean
-    distance of pixels in [0,255]: distance (Q,k), index (Q,k), mirrored (Q,k). Both
-    uint8 (.,3,H,W), one device.
+    cdist multiplies matrices in fp32, so distances below some 20 are rounding errors.
     """
-    found = []
-    flipped = pictures.flip(-1)
-    for some in queries.split(chunk):
-        # The nearer of the two ways to show a picture: so each counts once.
-        plain = pixel_distances(some, pictures)  # (q,N)
-        mirrored = pixel_distances(some, flipped)
-        index = torch.minimum(plain, mirrored).topk(k, largest=False).indices  # (q,k)
-        mirror = (mirrored < plain).gather(1, index)
-
-        # cdist multiplies matrices, which cancels badly for near copies: measure these again.
-        near = torch.where(mirror[..., None, None, None], flipped[index], pictures[index])
-        error = near.float() - some[:, None].float()  # (q,k,3,H,W)
-        found.append((error.flatten(2).norm(dim=2), index, mirror))
-    return tuple(torch.cat(parts) for parts in zip(*found))
+    both = torch.stack([pictures, pictures.flip(-1)])  # (2,N,3,H,W)
+    flat = both.flatten(2).float()  # (2,N,3*H*W)
+    distances, nearest = [], []
+    for query in queries.flatten(1).float().split(250):
+        # The nearer of the two ways to show a picture, so that each counts once.
+        distance, way = torch.cdist(query, flat).min(dim=0)  # (2,q,N) -> each (q,N)
+        distance, index = distance.topk(k, largest=False)  # each (q,k)
+        distances.append(distance)
+        nearest.append(both[way.gather(1, index), index])
+    return torch.cat(distances), torch.cat(nearest)
 
 
-# --------------------------------------------------------------------------------------
-# 10. FID
-# --------------------------------------------------------------------------------------
+def real_pictures(settings, names, device):
+    """The Data of settings.data. Raises UserError if its classes are not `names`."""
+    data = load_data(settings.data, device)
+    if data.names != names:
+        raise UserError(f"--data {settings.data}: the network was made for other classes")
+    return data
+
+
+def neighbours_mode(settings, net, names, shown=16, k=4):
+    """Figure 3, right: neighbours.png, samples each with its k nearest training pictures
+    beside it. Returns the median distance of samples to the nearest one, and that of 500
+    test pictures.
+
+    The paper sees in such pictures that its model mimics the training set [2.5]. A network
+    that copies comes much nearer to its training pictures than new photographs do. A little
+    nearer proves nothing, as smooth pictures are near to everything.
+    """
+    device = choose_device(settings.device)
+    data = real_pictures(settings, names, device)
+    labels = pick_labels(settings, names, settings.count or 64, device)
+    x = generate(net, labels, **sampling_options(settings, device)).to(device)
+    distance, near = nearest_neighbours(x, data.train_x, k)
+
+    random = torch.Generator().manual_seed(settings.sample_seed)
+    chosen = torch.randperm(len(data.test_y), generator=random)[:500].to(device)
+    test_distance, _ = nearest_neighbours(data.test_x[chosen], data.train_x)
+
+    tiles = torch.cat([x[:shown, None], near[:shown]], dim=1)  # (shown,1+k,3,32,32)
+    save_grid(make_folder(settings) / "neighbours.png", tiles.flatten(0, 1), 2 * (k + 1))
+    medians = distance[:, 0].median().item(), test_distance.median().item()
+    print("median distance to the nearest training picture: samples %.0f, test %.0f" % medians)
+    return medians
+
 
 INCEPTION = (
     "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/"
@@ -1297,52 +1283,37 @@ INCEPTION = (
 INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
 
 
-def resize_plane(plane):
-    """One channel, (H,W), as Pillow's bicubic filter shows it at 299x299, cut to
-    [0,255]."""
-    image = Image.fromarray(plane.astype(np.float32))
-    return np.asarray(image.resize((299, 299), Image.BICUBIC)).clip(0, 255)
-
-
-def resize_for_inception(x):
-    """Pictures as clean-fid shows them to the FID network: uint8 (B,3,H,W) -> fp32
-    (B,3,299,299) in [0,255], each channel in floating point."""
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        planes = list(pool.map(resize_plane, x.flatten(0, 1).cpu().numpy()))
-    return torch.from_numpy(np.stack(planes)).view(len(x), 3, 299, 299)
-
-
 def load_inception(path=""):
-    """The FID network (Inception of 2015-12-05) from `path`, or from torch hub's
-    folder, downloaded into it at need. Raises OSError if it can't be had or is not that
-    file."""
-    name = INCEPTION.rsplit("/", 1)[1]
-    path = Path(path or Path(torch.hub.get_dir()) / "checkpoints" / name)
+    """The FID network (Inception of 2015-12-05) from the file `path`; without one, from torch
+    hub's folder, downloaded into it at need. Raises UserError if it can't be had or is not
+    that file."""
+    file = Path(path or f"{torch.hub.get_dir()}/{Path(INCEPTION).name}").expanduser()
     try:
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION, str(path), INCEPTION_SHA256)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != INCEPTION_SHA256:
-            raise OSError("wrong SHA-256")
-        return torch.jit.load(str(path), map_location="cpu").eval()
-    except Exception as error:  # no net, host gone, disk full: say what helps
-        raise OSError(
-            f"the FID network can't be had ({str(error)[:80]!r}): fetch {INCEPTION} "
-            f"(SHA-256 {INCEPTION_SHA256}) to {path}, or name it with --inception"
+        if not path and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(INCEPTION, str(file))
+        if hashlib.sha256(file.read_bytes()).hexdigest() != INCEPTION_SHA256:
+            raise ValueError("wrong SHA-256")
+        return torch.jit.load(str(file), map_location="cpu").eval()
+    except Exception as error:  # no net, host gone, disk full, another file
+        raise UserError(
+            f"no FID network in {file} ({in_one_line(error)}): fetch {INCEPTION} "
+            f"(SHA-256 {INCEPTION_SHA256}) and name it with --inception; `sample --count "
+            "10000` writes samples.npz, for other programs, without it"
         ) from error
 
 
 @torch.no_grad()
 def feature_statistics(network, x, batch=50):
-    """(mean (2048,), covariance (2048,2048)) of the features of pictures uint8
-    (N,3,H,W), float64 on the CPU. `network` is that of load_inception; its forward
-    would resize by itself, so only its layers are called."""
+    """(mean (2048,), covariance (2048,2048)) of the features of pictures uint8 (N,3,H,W),
+    float64 on the CPU. `network` is that of load_inception; its forward would resize by
+    itself, so only its layers are called, on pictures resized as clean-fid does: bicubic,
+    in floating point, cut to [0,255]."""
     rows = []
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32, as others have it
-        for some in x.split(batch):
-            resized = resize_for_inception(some).to(x.device)
-            features = network.layers((resized - 128) / 128)
-            rows.append(features.view(len(some), -1).cpu().double())
+    for some in x.split(batch):
+        large = F.interpolate(some.float(), (299, 299), mode="bicubic", antialias=True)
+        features = network.layers((large.clamp(0, 255) - 128) / 128)
+        rows.append(features.view(len(some), -1).cpu().double())
     features = torch.cat(rows)
     return features.mean(0), torch.cov(features.T)
 
@@ -1352,8 +1323,7 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     float.
 
     The trace of (A B)^(1/2) is the sum of the square roots of the eigenvalues of
-    sqrt(A) B sqrt(A), which is symmetric, so the eigenvalues are real and can be had
-    safely.
+    sqrt(A) B sqrt(A), which is symmetric, so the eigenvalues are real and can be had safely.
     """
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -1362,1026 +1332,557 @@ def frechet_distance(mean_a, cov_a, mean_b, cov_b):
     return (shift + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
-# --------------------------------------------------------------------------------------
-# 11. Modes
-# --------------------------------------------------------------------------------------
-
-
-class Progress:
-    """Prints how many samples are drawn, and how fast: called with (done, count)."""
-
-    def __init__(self):
-        self.start = time.perf_counter()
-
-    def __call__(self, done, count):
-        speed = done / (time.perf_counter() - self.start)
-        in_place = sys.stdout.isatty() and done < count
-        end = "\r" if in_place else "\n"
-        print(f"sampled {done:,} of {count:,}, {speed:,.1f} per second", end=end, flush=True)
-
-
-def possible_guidance(settings):
-    """The w of Eq. (4) that the settings ask for, if training allows it."""
-    # Where no label was ever dropped, the embedding of "no class" was never trained, and
-    # where all were, those of the classes weren't. Sampling must do without them.
-    if settings.label_drop == 0:
-        return 0.0
-    if settings.label_drop == 1:
-        return -1.0
-    return settings.guidance
-
-
-def sampling_options(settings, device):
-    """What generate takes from the settings, as keywords."""
-    schedule = settings.sample_schedule
-    if schedule == "same":
-        schedule = settings.schedule
-    return dict(
-        seed=settings.sample_seed,
-        schedule=schedule,
-        steps=settings.sample_steps,
-        eta=settings.eta,
-        guidance=possible_guidance(settings),
-        clip=settings.clip_x0,
-        batch=settings.sample_batch,
-        precision=choose_precision(device, settings.precision)[0],
-        progress=Progress(),
-    )
-
-
-def find_classes(words, names):
-    """Class numbers from "rose,7,whale"; none from an empty text. Raises ValueError, as
-    a sentence, for a word that is neither a name nor a number of a class."""
-    numbers = []
-    for word in words.split(","):
-        word = word.strip().lower()
-        if word in names:
-            numbers.append(names.index(word))
-        elif word.isdecimal() and int(word) < len(names):
-            numbers.append(int(word))
-        elif word:
-            raise UserError(
-                f"--classes {word}: no number from 0 to {len(names) - 1}, and none of "
-                + ", ".join(names)
-            )
-    return numbers
-
-
-def pick_labels(settings, names, count, device):
-    """Class numbers (count,) on the device: the classes asked for in turn, or if none
-    were, all of them in an order drawn from the seed of sampling."""
-    random = torch.Generator().manual_seed(settings.sample_seed)
-    classes = find_classes(settings.classes, names)
-    if not classes:
-        classes = torch.randperm(len(names), generator=random).tolist()
-    labels = [classes[i % len(classes)] for i in range(count)]
-    return torch.tensor(labels, device=device)
-
-
-def save_samples(path, x, labels):
-    """uint8 (N,3,32,32) and labels (N,) as a .npz: `samples` uint8 (N,32,32,3),
-    `labels`."""
-    samples = x.permute(0, 2, 3, 1).numpy()
-    np.savez_compressed(path, samples=samples, labels=labels.cpu().numpy())
-
-
-def sample_mode(settings, net, names):
-    """Figure 3, left: draw `count` samples, not cherry-picked: samples.png (400 at most)
-    and, for other tools, samples.npz. Returns the pictures, uint8 (count,3,32,32)."""
-    device = next(net.parameters()).device
-    labels = pick_labels(settings, names, settings.count, device)
-    x = generate(net, labels, **sampling_options(settings, device))
-
-    out = settings.folder()
-    save_samples(out / "samples.npz", x, labels)
-    shown = x[:400]
-    save_grid(out / "samples.png", shown, columns=max(8, math.isqrt(len(shown))))
-    print(f"{out / 'samples.png'}, {out / 'samples.npz'}")
-    return x
-
-
-def interpolate_mode(settings, net, names, pairs=8):
-    """Figure 3, middle: interpolations.png, one row per pair, ends included. Returns
-    the pictures."""
-    device = next(net.parameters()).device
-    labels = pick_labels(settings, names, 2 * pairs, device).view(pairs, 2).T
-    random = torch.Generator().manual_seed(settings.sample_seed)
-    ends = torch.randn(2, pairs, 3, 32, 32, generator=random).to(device)
-    x = interpolate(net, ends, labels, **sampling_options(settings, device))
-
-    path = settings.folder() / "interpolations.png"
-    save_grid(path, x, columns=10)
-    print(path)
-    return x
-
-
-def neighbours_mode(settings, net, names, data, shown=16, k=4):
-    """Figure 3, right: neighbours.png, samples each with its k nearest training
-    pictures beside it.
-
-    The paper sees in such pictures that its model mimics the training set [2.5]. Our
-    measure of that, printed, is the median nearest distance of the samples and that of
-    test pictures: a network that copies comes much nearer than new photographs do. A
-    little nearer proves nothing, as smooth pictures are near to everything.
-    Returns both medians.
-    """
-    device = next(net.parameters()).device
-    labels = pick_labels(settings, names, settings.count, device)
-    x = generate(net, labels, **sampling_options(settings, device)).to(device)
-    distance, index, mirrored = nearest_neighbours(x, data.train_x, k)
-
-    random = torch.Generator().manual_seed(settings.sample_seed)
-    test = torch.randperm(len(data.test_y), generator=random)[: max(settings.count, 500)]
-    test_distance, _, _ = nearest_neighbours(data.test_x[test.to(device)], data.train_x)
-
-    near = data.train_x[index[:shown]]  # (shown,k,3,32,32)
-    near = torch.where(mirrored[:shown, :, None, None, None], near.flip(-1), near)
-    tiles = torch.cat([x[:shown, None], near], dim=1)
-    path = settings.folder() / "neighbours.png"
-    save_grid(path, tiles.flatten(0, 1), columns=2 * (k + 1))
-
-    medians = distance[:, 0].median().item(), test_distance.median().item()
-    print(
-        f"{path}: median distance to the nearest training picture "
-        f"{medians[0]:.0f} ({len(x)} samples), {medians[1]:.0f} ({len(test)} test pictures)"
-    )
-    return medians
-
-
-def fid_mode(settings, net, data):
-    """FID [2.4]: `fid_count` samples, classes as in the test set, against all test
-    pictures. The paper names no protocol; this is clean-fid's, our choice.
-
-    Prints FID, the protocol, and the floor, which is the FID of as many training
-    pictures; returns FID. Where its network can't be had it says so at once, draws and
-    saves the samples all the same, then raises OSError.
-    """
-    device = next(net.parameters()).device
-    out = settings.folder()
-    count = settings.fid_count
+def fid_mode(settings, net, names):
+    """FID [2.4]: `count` samples, 10,000 by default, with classes as in the test set, against
+    all test pictures. The paper names no protocol; this is clean-fid's, our choice. Prints
+    it, with its floor, which is the FID of as many training pictures; returns FID. Raises
+    UserError, before anything is drawn, if the FID network can't be had."""
+    device = choose_device(settings.device)
+    network = load_inception(settings.inception).to(device)
+    data = real_pictures(settings, names, device)
     options = sampling_options(settings, device)
-    samples_path = out / "fid-samples.npz"
-
-    # Without the network there is no FID, but other programs can measure the samples.
-    network = missing = None
-    try:
-        network = load_inception(settings.inception).to(device)
-    except OSError as error:
-        missing = error
-        print(f"{missing}\nThe samples are drawn all the same (Ctrl-C ends it)")
+    count = min(settings.count or 10_000, len(data.train_y))
 
     labels = data.test_y[torch.arange(count, device=device) % len(data.test_y)]
     x = generate(net, labels, **options)
-    save_samples(samples_path, x, labels)
-    if missing:
-        raise OSError(f"{missing}. The samples are kept in {samples_path}")
-
-    # The test pictures' statistics and the floor are the same each time: keep them.
-    reference_path = out / f"fid-reference-{count}-{data.checksum}.pt"
-    if not reference_path.exists():
-        test = feature_statistics(network, data.test_x)
-        random = torch.Generator().manual_seed(0)
-        chosen = torch.randperm(len(data.train_y), generator=random)[:count].to(device)
-        real = feature_statistics(network, data.train_x[chosen])
-        save_whole(dict(test=test, floor=frechet_distance(*real, *test)), reference_path)
-    reference = torch.load(reference_path, weights_only=True)
-    fid = frechet_distance(*feature_statistics(network, x.to(device)), *reference["test"])
-
-    shown = ("seed", "schedule", "steps", "eta", "guidance", "clip")
-    protocol = ", ".join(f"{name} {options[name]}" for name in shown)
-    warning = " (under 10,000 samples: not comparable)" if count < 10_000 else ""
-    print(
-        f"FID {fid:.3f}{warning}\n"
-        f"  {count:,} samples, {len(data.test_y):,} test pictures; {protocol}; "
-        f"EMA {settings.ema}\n"
-        f"  Inception 2015-12-05, SHA-256 {INCEPTION_SHA256[:8]}; bicubic to 299 as clean-fid\n"
-        f"  floor, as many training pictures in place of samples: {reference['floor']:.3f}"
-    )
+    print("measuring samples, test pictures, training pictures", flush=True)
+    random = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(data.train_y), generator=random)[:count]
+    drawn, real, floor = [
+        feature_statistics(network, pictures.to(device))
+        for pictures in (x, data.test_x, data.train_x[chosen.to(device)])
+    ]
+    fid = frechet_distance(*drawn, *real)
+    print(f"FID {fid:.3f}, floor {frechet_distance(*floor, *real):.3f}: {count:,} samples")
+    if count < 10_000:
+        print("  (under 10,000 samples: not comparable)")
+    print(f"  {len(data.test_y):,} test pictures, Inception 2015-12-05, bicubic as clean-fid")
+    print(f"  {options}")
     return fid
 
 
-def schedules_mode(settings):
-    """schedules.png: log-SNR against t of the three noise schedules [2.3]."""
-    out = settings.folder()
-    make_folder(out)
-    t = torch.linspace(0, 1, 200)
-    curves = {}
-    for name in SCHEDULES:
-        curves[name] = list(zip(t.tolist(), to_log_snr(t, name).tolist()))
-    path = out / "schedules.png"
-    plot(path, curves, "Noise schedules", Axis("t", 0, 1), Axis("log-SNR", -20, 20))
-    print(path)
+# --------------------------------------------------------------------------------------
+# 11. Log and plots
+# --------------------------------------------------------------------------------------
+
+# The columns of log.csv, and how a line of progress shows them.
+COLUMNS = dict(
+    step="6,.0f",
+    loss=".4f",
+    lr=".1e",
+    seconds=",.1f",
+    images_per_s=",.0f",
+    minutes_left=",.1f",
+    val_loss=".4f",
+    bin0=".3f",
+    bin1=".3f",
+    bin2=".3f",
+    bin3=".3f",
+    bin4=".3f",
+)
 
 
-def show_results(settings, net, data, step):
-    """What training ends with: a grid, samples, interpolations, neighbours, and on
-    CUDA FID."""
-    save_class_grid(settings, net, data.names, step)
-    sample_mode(settings, net, data.names)
-    interpolate_mode(settings, net, data.names)
-    neighbours_mode(settings, net, data.names, data)
+def new_row(step, settings, losses, rate, clock):
+    """A row of the log after `step` updates: the mean of the losses (list of 0-d tensors) and
+    the speed since the last row, which was when time.perf_counter() gave `clock`."""
+    loss = torch.stack(losses).mean().item()  # a GPU has done all its work when this is here
+    seconds = time.perf_counter() - clock
+    per_step = seconds / len(losses)
+    return dict(
+        step=step,
+        loss=loss,
+        lr=rate,
+        seconds=seconds,
+        images_per_s=settings.batch_size / per_step,
+        minutes_left=(settings.steps - step) * per_step / 60,
+    )
 
-    # FID wants 10,000 samples, hours on a CPU, and has no meaning for drawn shapes.
-    if data.test_x.device.type != "cuda" or settings.data == "shapes":
-        print("FID is left to the mode fid: training adds it on CUDA alone, not for shapes")
-        return
+
+def show_row(row):
+    """Print a row of the log. Raises UserError if a number in it is not finite."""
+    shown = [f"{name} {row[name]:{form}}" for name, form in COLUMNS.items() if name in row]
+    print("  ".join(shown), flush=True)
+    if not all(math.isfinite(value) for value in row.values()):
+        raise UserError(
+            "the loss is not finite: begin anew with --restart and a lower --max-lr (what was "
+            "saved before, if anything, is kept until then)"
+        )
+
+
+def save_log(out, rows, steps):
+    """log.csv and loss.png, whole each time. Where they can't be written (a spreadsheet may
+    hold the table), one line says so, and training goes on."""
+    # The first losses, 0.65 where the network still says zero, would flatten the rest.
+    shown = [row for row in rows if row["step"] >= 0.02 * steps]
+    train = [(row["step"], row["loss"]) for row in shown]
+    validation = [(row["step"], row["val_loss"]) for row in shown if "val_loss" in row]
     try:
-        fid_mode(settings, net, data)
-    except (OSError, RuntimeError) as error:  # all else is done: no reason for a traceback
-        print(f"no FID: {error}")
+        with open(out / "log.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+        plot(out / "loss.png", dict(train=train, validation=validation), "Loss by step")
+    except OSError as error:
+        print(f"going on without log.csv and loss.png: {error}")
 
 
-def open_network(settings, count, checksum=None):
-    """(averaged network, class names) from settings.checkpoint(), to draw `count`
-    samples with. Needs no data set; `checksum` is that of one it must have been trained
-    on. Raises ValueError or OSError, with a readable message."""
-    device, precision, _ = set_up(settings)
-    state = load_checkpoint(settings.checkpoint(), settings, checksum)
-    net = build_network(settings, len(state["names"]), device).requires_grad_(False)
-    restore(dict(ema=net), state)
+def plot(path, curves, title):
+    """Draw `curves`, name -> [(x, y)], into a PNG of 720 x 450 pixels. The axes go from the
+    least to the greatest value that there is."""
+    curves = {name: np.array(curve) for name, curve in curves.items() if curve}
+    if not curves:
+        return
+    points = np.concatenate(list(curves.values()))  # (N,2)
+    low = points.min(0)
+    span = np.ptp(points, 0) + 1e-9
 
-    # Compiling takes long, too long for a few samples (our choice).
-    if settings.compile == "on" or count >= 2000:
-        examples = [sampler_example(net, settings)]
-        compile_network(net, settings.compile, examples, precision)
-    return net, state["names"]
-
-
-# --------------------------------------------------------------------------------------
-# 12. Log and pictures
-# --------------------------------------------------------------------------------------
-
-
-class TrainingLog:
-    """Lines of progress, log.csv and loss.png in the folder `out`, and the figures for
-    them.
-
-    Its state is part of the checkpoint, so a resumed run goes on in the same table.
-    """
-
-    columns = "step loss lr images_per_s val_loss bin0 bin1 bin2 bin3 bin4".split()
-
-    def __init__(self, out, steps, batch_size, device):
-        self.out = out
-        self.steps = steps
-        self.batch_size = batch_size
-        self.rows = []
-        self.seconds = 0.0  # of training alone
-        self.loss = torch.zeros((), device=device)  # running mean, over some 50 steps
-
-    def state_dict(self):
-        """What a resumed run needs of it."""
-        return dict(rows=self.rows, seconds=self.seconds, loss=self.loss)
-
-    def load_state_dict(self, state):
-        """Go on from what state_dict gave."""
-        self.rows = state["rows"]
-        self.seconds = state["seconds"]
-        self.loss = state["loss"].to(self.loss.device)
-
-    def add(self, step, loss):
-        """Take the loss (0-d) of update number `step`, from 1, into the mean, without
-        waiting."""
-        self.loss = self.loss.lerp(loss, max(0.02, 1 / step))
-
-    def start_clock(self, step):
-        """Training goes on from `step` updates: validation and files are not
-        counted."""
-        self.clock = time.perf_counter()
-        self.clock_step = step
-
-    def new_row(self, step, rate, net):
-        """A new row of the table: loss, rate, and speed since start_clock. Raises
-        ValueError if the loss or a weight is not finite."""
-        total = self.loss + sum(p.detach().sum() for p in net.parameters())
-        if not torch.isfinite(total):
-            raise UserError(
-                f"the loss is not finite at step {step:,}: try another --out with "
-                "a lower --max-lr; the last good checkpoint, if any, is kept"
-            )
-
-        seconds = time.perf_counter() - self.clock
-        self.seconds += seconds
-        speed = (step - self.clock_step) * self.batch_size / seconds
-        row = dict(step=step, loss=self.loss.item(), lr=rate, images_per_s=speed)
-        self.rows.append(row)
-
-    def add_scores(self, scores):
-        """Figures of a validation, name -> value, into the newest row."""
-        self.rows[-1].update(scores)
-
-    def show(self, keep):
-        """Print the newest row; on a terminal in place, unless it is to be kept."""
-        row = self.rows[-1]
-        pictures = (self.steps - row["step"]) * self.batch_size
-        left = int(pictures / row["images_per_s"])  # seconds
-        line = (
-            f"step {row['step']:6,}/{self.steps:,}  loss {row['loss']:.4f}  "
-            f"lr {row['lr']:.2e}  {row['images_per_s']:7,.0f} images/s  "
-            f"left {left // 3600:2}:{left // 60 % 60:02}:{left % 60:02}"
-        )
-        if "val_loss" in row:
-            bins = " ".join(f"{row[f'bin{i}']:.3f}" for i in range(5))
-            line += f"  val {row['val_loss']:.4f}: {bins}"
-        in_place = sys.stdout.isatty() and not keep
-        print(line, end="\r" if in_place else "\n", flush=True)
-
-    def write_files(self):
-        """log.csv and loss.png, whole each time: so a run that went back to its
-        checkpoint leaves no rows of the steps it lost."""
-        write_csv(self.out / "log.csv", self.columns, self.rows)
-        curves = dict(train=self.curve("loss"), validation=self.curve("val_loss"))
-
-        # The first losses, 0.65 where the network still says zero, would flatten all that
-        # follows. So the axis reaches 0.1 up from just below the least one, or as far as
-        # the newest ones need.
-        least = min(value for points in curves.values() for _, value in points)
-        newest = max(points[-1][1] for points in curves.values() if points)
-        low = 0.02 * math.floor(least / 0.02)
-        high = max(low + 0.1, 0.02 * math.ceil(newest / 0.02 + 1))
-        for name, points in curves.items():
-            curves[name] = [(step, value) for step, value in points if value < high]
-
-        plot(
-            self.out / "loss.png",
-            curves,
-            "Velocity loss, Eq. (3)",
-            Axis("optimiser step", 0, self.steps),
-            Axis("loss", low, high),
-        )
-
-    def curve(self, name):
-        """[(step, value)] of a column, where it has one."""
-        return [(row["step"], row[name]) for row in self.rows if name in row]
-
-    def summarise(self, step):
-        """Print what training took."""
-        pictures = step * self.batch_size
-        speed = pictures / max(self.seconds, 1e-9)
-        print(f"{pictures:,} pictures in {self.seconds:,.1f} s, {speed:,.0f} images/s")
-        if self.loss.is_cuda:
-            print(f"peak memory {torch.cuda.max_memory_allocated() >> 20:,} MiB")
-
-
-def write_csv(path, columns, rows):
-    """A table: `rows` are dicts, in which a column may be missing."""
-    lines = [",".join(columns)]
-    for row in rows:
-        lines.append(",".join(str(row.get(name, "")) for name in columns))
-    path.write_text("\n".join(lines) + "\n")
-
-
-class Axis(NamedTuple):
-    """An axis of a plot: what it says, and from where to where it goes."""
-
-    label: str
-    low: float
-    high: float
-
-    def share(self, value):
-        """Where a value lies: 0 at the low end, 1 at the high one."""
-        return (value - self.low) / (self.high - self.low)
-
-
-def plot(path, curves, title, x_axis, y_axis):
-    """Draw `curves`, name -> [(x, y)], three at most, into a PNG of 720 x 450
-    pixels."""
     # Drawn at twice the final size: scaling down smooths the lines.
     image = Image.new("RGB", (1440, 900), "white")
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(26)
-    left, right, top, bottom = 130, 1400, 90, 780
-
-    def place(x, y):
-        across = left + (right - left) * x_axis.share(x)
-        down = bottom + (top - bottom) * y_axis.share(y)
-        return across, down
+    pen.text((765, 45), title, "#111", font, "mm")
 
     # Six lines in each direction, with their numbers.
     for i in range(6):
-        x = x_axis.low + (x_axis.high - x_axis.low) * i / 5
-        y = y_axis.low + (y_axis.high - y_axis.low) * i / 5
-        across, down = place(x, y)
-        pen.line([(across, top), (across, bottom)], "#d8d8d8", 2)
-        pen.line([(left, down), (right, down)], "#d8d8d8", 2)
-        pen.text((across, 810), f"{x:,g}", "#333", font, "mm")
-        pen.text((115, down), f"{y:.4g}", "#333", font, "rm")
+        x, y = low + span * i / 5
+        across = 130 + 254 * i
+        down = 820 - 146 * i
+        pen.line((across, 90, across, 820), "#d8d8d8", 2)
+        pen.line((130, down, 1400, down), "#d8d8d8", 2)
+        pen.text((across, 850), f"{x:,.5g}", "#333", font, "mm")
+        pen.text((115, down), f"{y:.3g}", "#333", font, "rm")
 
-    # The curves, which fall, and their names in the upper right corner.
-    height = 130
-    for (name, points), colour in zip(curves.items(), ("#d1495b", "#00798c", "#7a5195")):
-        if points:
-            places = [place(x, y) for x, y in points]
-            pen.line(places, colour, 5, "curve")
-            pen.circle(places[-1], 6, colour)  # a single point has no line
-        pen.text((1370, height), name, colour, font, "rm")
-        height += 45
-
-    pen.text((765, 45), title, "#111", font, "mm")
-    pen.text((765, 865), x_axis.label, "#111", font, "mm")
-    pen.text((90, 45), y_axis.label, "#111", font, "mm")
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = ("#d1495b", "#00798c", "#7a5195", "#c77f00")[number % 4]
+        places = (curve - low) / span * (1270, -730) + (130, 820)
+        pen.line(places.flatten().tolist(), colour, 5)
+        pen.text((1380, 120 + 40 * number), name, colour, font, "rm")
     image.resize((720, 450), Image.LANCZOS).save(path)
 
 
+def schedules_mode(settings):
+    """schedules.png: log-SNR against t of the noise schedules [2.3]. Returns its path."""
+    t = torch.linspace(0, 1, 200)
+    curves = {}
+    for name, schedule in SCHEDULES.items():
+        curves[name] = torch.stack([t, schedule(t)], dim=1).tolist()
+    path = make_folder(settings) / "schedules.png"
+    plot(path, curves, "log-SNR by t")
+    print(path)
+    return path
+
+
 # --------------------------------------------------------------------------------------
-# 13. Checkpoints and signals
+# 12. Checkpoint and weights
 # --------------------------------------------------------------------------------------
 
 
-def save_checkpoint(path, settings, data, parts, progress):
-    """All that a run needs to go on, in one file. `parts` are things with a state_dict,
-    by name; `progress` is a dict of plain values and tensors."""
-    state = {name: part.state_dict() for name, part in parts.items()}
-    state.update(progress)
-    state.update(
-        settings=dataclasses.asdict(settings),
-        names=list(data.names),
-        checksum=data.checksum,
-    )
-
-    save_whole(state, path)
-
-
-def save_whole(state, path):
-    """torch.save, first beside `path`, then renamed: so it is always a whole file, the
-    old or the new one. Raises OSError, with a readable message."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)  # not into the file: what it says of a full disk is no OSError
-    beside = path.with_suffix(".tmp")
-    try:
-        beside.write_bytes(buffer.getbuffer())
-        os.replace(beside, path)
-    except OSError as error:
-        beside.unlink(missing_ok=True)
-        raise OSError(f"{path} can't be written ({error.strerror})") from error
-
-
-def load_checkpoint(path, settings=None, checksum=None):
-    """The dict that save_checkpoint wrote, with its tensors on the CPU.
-
-    Raises ValueError, with a readable message, if the file is missing, damaged, or of
-    another program; and, if `settings` or a `checksum` are given, if the run was made
-    with others.
-    """
-    try:
-        # torch writes a zip file with a checksum for each tensor, but doesn't look at them.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged:
-            raise ValueError(f"{damaged} is damaged")
-
-        # weights_only: a file from elsewhere may hold data, but no code that would run.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        made = state["settings"]
-        if list(made) != [field.name for field in dataclasses.fields(Settings)]:
-            raise ValueError("made by another script, or another version of this one")
-        Settings(**made)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"no {path}: train first, or say where it is (--out, --weights)"
-        ) from error
-    except Exception as error:  # a damaged file can fail in any way
-        reason = in_one_line(error)
-        raise UserError(f"can't use {path}: no sound checkpoint ({reason})") from error
-
-    if settings is not None:
-        for name, value in dataclasses.asdict(settings).items():
-            if name not in FREE_TO_CHANGE and made[name] != value:
-                hint = ""
-                if name in ("steps", "seed", "schedule"):
-                    hint = f"; of sampling it is --sample-{name}"
-                raise other_run(path, f"{name} is {made[name]}, not {value}{hint}")
-    if checksum is not None and state["checksum"] != checksum:
-        raise other_run(path, "it was trained on other pictures")
-    return state
-
-
-def other_run(path, reason):
-    """The UserError for a checkpoint of a run that is not the one asked for."""
-    return UserError(f"can't use {path} ({reason}): use its settings, or another --out")
+class UserError(ValueError):
+    """What the user can put right, said in the text: `main` prints that alone, and no
+    traceback."""
 
 
 def in_one_line(error):
     """What an error says, cut to one line."""
-    return " ".join(str(error).split())[:100] or type(error).__name__
+    return " ".join(str(error).split())[:150] or type(error).__name__
 
 
-def restore(parts, state):
-    """Put a checkpoint's states into the `parts` that save_checkpoint took. Raises
-    ValueError, with a readable message, where they don't fit."""
-    for name, part in parts.items():
-        if name not in state:
-            raise UserError(f"the checkpoint has no {name}: exported weights can't be resumed")
-        try:
-            part.load_state_dict(state[name])
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise other_run(f"the {name} of the checkpoint", in_one_line(error)) from error
+@contextlib.contextmanager
+def reading(path):
+    """Whatever a file's content makes fail inside this becomes one UserError with the file
+    and the reason: a damaged file can fail in any way."""
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"can't use {path}: {in_one_line(error)}") from error
 
 
-def export(settings):
-    """Write the averaged network of a run to settings.weights, without what only
-    training needs: weights as fp16, class names, settings, and `about`, which says where
-    it is from. Returns the path; raises ValueError or OSError, with a readable message.
+def load_file(path):
+    """The dict that save_whole wrote to `path`, with its tensors on the CPU. Raises an
+    exception of some kind if the file is damaged, or holds numbers that are not finite."""
+    # torch writes a zip file with a checksum for each tensor, but doesn't look at them.
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged:
+        raise ValueError(f"{damaged} is damaged")
+
+    # weights_only: a file from elsewhere may hold data, but no code that would run.
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    for leaf in tree_leaves(state):
+        if isinstance(leaf, (float, torch.Tensor)):
+            if not torch.as_tensor(leaf).isfinite().all():
+                raise ValueError("it holds numbers that are not finite")
+    return state
+
+
+def save_whole(state, path):
+    """torch.save, first beside `path`, under a name of its own, then renamed: so it is always
+    a whole file, the old or the new one. Raises OSError."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # not into the file: what it says of a full disk is no OSError
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_bytes(buffer.getbuffer())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def modified(path):
+    """When a file was last written to; 0 if there is none."""
+    return path.stat().st_mtime_ns if path.is_file() else 0
+
+
+def save_checkpoint(path, seen, step, settings, names, parts, rows):
+    """Write all that a run needs to go on: the states of its `parts`, the log, and how many
+    steps are done. Order of pictures, times and noise follow from the seed and the step.
+
+    Returns when it was written. Raises UserError if another run has written it since `seen`.
     """
-    if not settings.weights:
-        raise UserError("export wants --weights FILE, the file to write")
-    path = Path(settings.weights)
-    source = settings.folder() / "checkpoint.pt"
-
-    # Only what was exported before is overwritten: no run, and no file of another kind.
-    if path.exists() and "log" in load_checkpoint(path):
-        raise UserError(
-            f"--weights {path}, the file to write, is a run: the run to export is named by --out"
-        )
-    state = load_checkpoint(source)
-    if "log" not in state:
-        raise UserError(f"{source} is exported already")
-    newest = state["log"]["rows"][-1]
-    if "val_loss" not in newest:  # Ctrl-C saves between validations too
-        raise UserError(
-            f"{source}, step {state['step']:,}, has not been validated: resume the run first"
-        )
-
-    # A file for others says nothing of where the data lay on this machine.
-    kept = {name: state[name] for name in ("step", "names", "checksum")}
-    kept["settings"] = {**state["settings"], "out": "", "weights": "", "inception": ""}
-    if kept["settings"]["data"] != "shapes":
-        kept["settings"]["data"] = "data"
-    kept["ema"] = {name: value.half() for name, value in state["ema"].items()}
-    kept["about"] = dict(
-        command=without_folders(state["command"]),
-        date=datetime.date.fromtimestamp(source.stat().st_mtime).isoformat(),
-        result=f"validation loss {newest['val_loss']:.4f}",
-        licence="MIT",
-    )
-    make_folder(path.parent)
-    save_whole(kept, path)
-    print(f"{path}: {path.stat().st_size:,} bytes, {kept['about']}")
-    return path
+    if modified(path) != seen:
+        raise UserError(f"another run writes to {path}: give this one another --out")
+    state = {name: part.state_dict() for name, part in parts.items()}
+    state.update(step=step, rows=rows, settings=dataclasses.asdict(settings), names=names)
+    save_whole(state, path)
+    return modified(path)
 
 
-def without_folders(command):
-    """A command line without the folders of the machine that it ran on. (What `train`
-    says by itself, in a notebook, has none.)"""
-    if not command.startswith("python "):
-        return command
-    python, script, *words = shlex.split(command)
-    kept = [python, Path(script).name]
-    words = iter(words)
-    for word in words:
-        flag, equals, value = word.partition("=")
-        if flag not in ("--data", "--out", "--inception"):
-            kept.append(word)
-            continue
-        if not equals:
-            value = next(words)
-        if (flag, value) == ("--data", "shapes"):  # these lie in no folder
-            kept += [flag, value]
-    return shlex.join(kept)
+def resume(path, settings, names, parts):
+    """Put what save_checkpoint wrote back into the `parts`. Returns how many steps are done,
+    and the rows of the log. Raises UserError if the file can't be used."""
+    with reading(path):
+        state = load_file(path)
+        check_same(state["settings"], dataclasses.asdict(settings))
+        if state["names"] != names:
+            raise ValueError("it was trained on other classes")
+
+        # Adam's fused kernel would write past running averages that are too small. Of its
+        # state they alone count: its settings are those it was made with.
+        optimiser = parts["optimiser"]
+        averages = state["optimiser"]["state"].values()
+        for p, saved in zip(parts["net"].parameters(), averages, strict=True):
+            shapes = {name: value.shape for name, value in saved.items()}
+            if shapes != dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape):
+                raise ValueError("the optimiser's state does not fit")
+        state["optimiser"]["param_groups"] = optimiser.state_dict()["param_groups"]
+
+        for name, part in parts.items():
+            if state[name]:  # that of a scaler that does nothing is empty
+                part.load_state_dict(state[name])
+        rows = []
+        for row in state["rows"]:
+            rows.append({name: float(row[name]) for name in COLUMNS if name in row})
+        step = int(rows[-1]["step"])
+        if step != state["step"] or not 0 < step <= settings.steps:
+            raise ValueError("its log ends at another step")
+    print(f"going on from {path} at step {step:,}")
+    return step, rows
 
 
-def as_typed(command, windows=os.name == "nt"):
-    """A command line as the shell wants it: that of Windows doesn't know the single
-    quotes which shlex writes."""
-    return subprocess.list2cmdline(shlex.split(command)) if windows else command
+def check_same(made, asked):
+    """Raises ValueError where `asked`, a dict of settings, says otherwise than the settings
+    that a file was `made` with."""
+    for name in LEARNING:
+        if name in asked and asked[name] != made[name]:
+            raise ValueError(
+                f"its {name} is {made[name]}, not {asked[name]}: use its settings, another "
+                "--out, or begin anew with --restart"
+            )
 
 
-class Stopped(Exception):
-    """Training was stopped by the signal `number`, and everything is saved."""
+def save_weights(path, settings, net, names, row):
+    """Write what all modes but training need: the averaged weights, as fp16, the class names,
+    the settings that made them, and the validation loss in the log's `row`."""
+    half = {name: value.half() for name, value in net.state_dict().items()}
+    made = {name: getattr(settings, name) for name in LEARNING + SAMPLING}
+    save_whole(dict(net=half, names=names, settings=made, val_loss=row["val_loss"]), path)
 
-    def __init__(self, text, number):
-        super().__init__(text)
-        self.number = number
+
+def open_network(**given):
+    """(averaged network in evaluation mode, class names, Settings): from the file that
+    `weights` names, or from what training wrote into `out`.
+
+    What is not `given` is as it was in training, but for what to draw and where to compute.
+    recipe="paper" samples as the paper does. Needs no data set. Raises UserError if there is
+    no such file or it can't be used.
+    """
+    asked = choose_settings(**given)
+    path = Path(asked.weights or asked.folder() / "weights.pt").expanduser()
+    if not path.is_file():
+        raise UserError(f"no {path}: train first, or say where it is, with --out or --weights")
+    device, _ = set_up(asked)
+    with reading(path):
+        state = load_file(path)
+        made = state["settings"]
+        check_same(made, given)
+        kept = {name: made[name] for name in LEARNING + SAMPLING}
+        if asked.recipe == "paper":
+            kept.update({name: PAPER[name] for name in SAMPLING if name in PAPER})
+        settings = Settings(**{**kept, **given})
+        names = [str(name) for name in state["names"]]
+        net = build_network(settings, len(names)).to(device)
+        net.load_state_dict(state["net"])
+    return net.eval().requires_grad_(False), names, settings
 
 
-class StopSignals:
-    """A context in which Ctrl-C and SIGTERM only leave a note, in `received`, so that a
-    step can be finished and saved. A second signal acts as it would have without
-    this."""
+# --------------------------------------------------------------------------------------
+# 13. Signals and device
+# --------------------------------------------------------------------------------------
 
-    def __enter__(self):
-        self.received = None
-        self.former = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.former[number] = signal.signal(number, self.take_note)
-        return self
 
-    def take_note(self, number, frame):
-        """What a signal does here."""
-        self.received = number
-        self.put_back()
+@contextlib.contextmanager
+def stop_requests():
+    """Inside this, the first Ctrl-C or SIGTERM only leaves its number in the list given, so
+    that a step can be finished and saved; a second one acts as always. Python lets only the
+    main thread handle signals, so in another thread this does nothing."""
+    received = []
+    former = {}
 
-    def put_back(self):
-        """Let signals do again what they did before."""
-        for number, handler in self.former.items():
+    def put_back():
+        for number, handler in former.items():
             signal.signal(number, handler)
 
-    def __exit__(self, *error):
-        self.put_back()
+    def take_note(number, frame):
+        received.append(number)
+        put_back()
 
-    def stopped(self, step, path, command):
-        """The Stopped to raise, which says what resumes the run."""
-        command = as_typed(command)
-        return Stopped(
-            f"stopped after step {step:,}, all saved in {path}. To resume:\n  {command}",
-            self.received,
-        )
-
-
-# --------------------------------------------------------------------------------------
-# 14. Device, compile, width
-# --------------------------------------------------------------------------------------
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            former[number] = signal.signal(number, take_note)
+    try:
+        yield received
+    finally:
+        put_back()
 
 
 def choose_device(name="auto"):
-    """The torch.device of that name; "auto" is the fastest kind there is. Raises
-    ValueError if there is none of the kind asked for."""
-    available = dict(
-        cuda=torch.cuda.is_available(),
-        mps=torch.backends.mps.is_available(),
-        cpu=True,
-    )
-    if name == "auto":
-        name = [kind for kind, there in available.items() if there][0]
-    if not available[name]:
+    """The torch.device of that name; "auto" is a GPU where there is one. Raises UserError if
+    there is none of the kind asked for."""
+    gpu = torch.accelerator.current_accelerator(check_available=True)
+    best = gpu.type if gpu else "cpu"
+    if name not in ("auto", "cpu", best):
         raise UserError(f"--device {name}: this machine, or this torch, has none")
-    return torch.device(name)
+    return torch.device(best if name == "auto" else name)
 
 
 def choose_precision(device, name="auto"):
-    """(dtype, why): in which numbers matrix products and convolutions are computed.
-
-    `name` is one of PRECISIONS, or "auto": bf16 where a GPU computes with it, as it has
-    fp32's range and so needs no scaling of the loss; fp16 on a GPU that has tensor cores
-    for that alone, such as a T4; else fp32.
-    """
+    """The dtype of matrix products and convolutions: one of PRECISIONS by name, or "auto":
+    bf16 where a GPU computes with it, as it has fp32's range and so needs no scaling of the
+    loss; fp16 on a GPU that has tensor cores for that alone, such as a T4; else fp32."""
     if name != "auto":
-        return PRECISIONS[name], "as asked for"
+        return PRECISIONS[name]
     if device.type != "cuda":
-        return torch.float32, "as always outside CUDA"
+        return torch.float32
     if torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.bfloat16, "which this GPU computes with"
-    if torch.cuda.get_device_capability(device) >= (7, 0):
-        return torch.float16, "as this GPU has no bf16"
-    return torch.float32, "as this GPU has no tensor cores"
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.get_device_capability(device) >= (7, 0) else torch.float32
 
 
 def autocast(device, dtype):
-    """A context in which matrix products and convolutions are computed in `dtype`, one
-    of PRECISIONS. Weights stay fp32."""
+    """A context in which matrix products and convolutions are computed in `dtype`, one of
+    PRECISIONS. Weights stay fp32."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 def set_up(settings):
-    """What modes that use a network begin with: (device, dtype of matrix products, folder
-    to write to). Raises ValueError or OSError, with a readable message, where the device
-    or the folder can't be had."""
-    keep_freed_memory()
+    """What each mode begins with: (device, dtype of matrix products). Raises UserError where
+    the device can't be had."""
     device = choose_device(settings.device)
-    precision, why = choose_precision(device, settings.precision)
-    out = make_folder(settings.folder())
-    torch.backends.cudnn.allow_tf32 = False  # what is said to be fp32 is fp32
+    precision = choose_precision(device, settings.precision)
+
+    # What is said to be fp32 is fp32. So TF32, which rounds more, is off, and the compiler's
+    # advice to switch it on is of no use.
+    torch.backends.cudnn.allow_tf32 = False
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
     # A precaution: with 64 tokens, as here, and a mask, which we don't have, cuDNN's
-    # attention can give NaN gradients on an H100 (PyTorch issue 196678, September 2026).
-    # In bf16 no GradScaler would catch them.
+    # attention can give NaN gradients on an H100 (PyTorch issue 196678). In bf16 no
+    # GradScaler would catch them.
     torch.backends.cuda.enable_cudnn_sdp(False)
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    print(f"torch {torch.__version__} on {name}, {str(precision).removeprefix('torch.')} {why}")
-    return device, precision, out
+    print(f"torch {torch.__version__} on {name}, {str(precision).removeprefix('torch.')}")
+    return device, precision
 
 
-def keep_freed_memory():
-    """Let the C library of Linux keep freed memory for the next step. By itself it gives
-    large blocks back, and the system must clear every page of new ones: on a CPU a step
-    of the default batch took 1.4 times as long. Elsewhere this does nothing."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:  # glibc's; the numbers are of its malloc.h
-            mallopt(-4, 0)  # M_MMAP_MAX: no block comes from the system by itself
-            mallopt(-1, -1)  # M_TRIM_THRESHOLD: none goes back
-
-
-def make_folder(path):
-    """Make the folder and check that files can be written there: better to fail now
-    than after an hour. Returns it; raises OSError, with a readable message."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        trial = path / "trial.tmp"
-        trial.write_text("")
-        trial.unlink()
-    except OSError as error:
-        raise OSError(
-            f"{path} can't be written to ({error.strerror}): choose another folder"
-        ) from error
+def make_folder(settings):
+    """The folder of a run, made if there is none. Raises OSError or UserError if files can't
+    be written there: better to fail now than after an hour."""
+    path = settings.folder()
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise UserError(f"files can't be written to {path}: name another folder with --out")
     return path
 
 
-def check_batch_size(batch_size, count):
-    """Raises ValueError if a batch is larger than the training set."""
-    if batch_size > count:
-        raise UserError(f"--batch-size {batch_size}: there are {count} training pictures")
-
-
-def build_network(settings, classes, device="cpu"):
-    """The UNet of `settings` on the device, its weights drawn from their seed; at the
-    given width, or else at the largest that the budget allows, in steps of 8. Raises
-    ValueError for a width that no network can have."""
-    variant = dict(
-        after_injection=settings.after_injection,
-        modulate=settings.modulate == "on",
-    )
-    width = settings.width or widest_that_fits(classes, variant)
-    torch.manual_seed(settings.seed)
-    return UNet(classes, width, **variant).to(device)
-
-
-def widest_that_fits(classes, variant):
-    """The largest width, a multiple of 8, at which the UNet of `variant` is within the
-    parameter budget."""
-    width = 8
-    while True:
-        # On the meta device a network has shapes but no memory.
-        with torch.device("meta"):
-            wider = UNet(classes, width + 8, **variant)
-        if count_parameters(wider) >= MAX_PARAMETERS:
-            return width
-        width += 8
-
-
-def network_example(x, y, batch):
-    """Arguments like those with which training and validation call the network: torch
-    compiles for their shapes and types, whatever their values."""
-    x = to_model(x[:batch])
-    y = y[:batch].clone()  # not a view: for torch.compile that would be another kind of input
-    return x, torch.zeros(len(y), device=y.device), y
-
-
-def sampler_example(net, settings):
-    """Arguments like those with which guided_velocity calls `net` for a full batch of
-    samples."""
-    device = next(net.parameters()).device
-    rows = whole_chunks(settings.sample_batch)
-    if possible_guidance(settings) != 0:  # both halves of Eq. (4)
-        rows *= 2
-
-    x = torch.zeros(rows, 3, 32, 32, device=device)
-    log_snr = torch.zeros(rows, device=device)
-    classes = torch.zeros(rows, dtype=torch.int64, device=device)
-    with torch.no_grad():
-        embeddings = net.embed(classes)
-    return x, log_snr, embeddings
-
-
-def compile_network(net, how, examples, precision):
-    """torch.compile `net` in place, so that its weights keep their names, if `how` asks
-    for it.
-
-    Where compiling fails, it fails at the first call. So a copy goes first, forward and,
-    if its weights are trained, backward, with each of the `examples`, which are arguments
-    like those to come. If the copy fails, one line says so and all goes on without. What
-    was compiled for it serves `net` too, as torch keeps that by class and by the kind of
-    input. (CUDA graphs are recorded at the second call with an input, so by `net`.)
-    """
+def compile_network(net, how):
+    """torch.compile `net` in place, so that its weights keep their names, if `how` (on, off,
+    or auto: on CUDA) asks for it. It is compiled at its first call, which takes a minute;
+    where that fails, one line says so, and it runs uncompiled."""
     device = next(net.parameters()).device
     if how == "off" or (how == "auto" and device.type != "cuda"):
         return
-    trained = next(net.parameters()).requires_grad
+    torch._dynamo.config.suppress_errors = True
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(say_uncompiled)
 
     # A step launches some 900 kernels, most of which are over before the next one is
-    # launched. So on CUDA the launches of a call are recorded once, as a CUDA graph, and
-    # then played back as a whole: on an H200 a step of 256 takes 10.1 ms instead of 21.6
-    # ms, and its kernels alone 9.7 ms. What a call returns is overwritten by the next
-    # call; training, validation and sampler have computed new tensors from it by then.
+    # launched. So on CUDA the launches of a call are recorded once, as a CUDA graph, and then
+    # played back as a whole. What a call returns is overwritten by the next call; training,
+    # validation and sampler have computed new tensors from it by then.
     mode = "reduce-overhead" if device.type == "cuda" else "default"
-    try:
-        probe = copy.deepcopy(net)
-        probe.compile(mode=mode)
-        for example in examples:
-            with torch.set_grad_enabled(trained), autocast(device, precision):
-                v = probe(*example)
-            if trained:
-                v.sum().backward()
-        net.compile(mode=mode)
-    except Exception as error:  # a compiler can fail in any way
-        print(f"going on without torch.compile: {type(error).__name__}: {in_one_line(error)}")
+    net.compile(mode=mode, dynamic=False)
+
+
+def say_uncompiled(record):
+    """A filter of the compiler's log, which reports a failure at great length."""
+    reason = record.getMessage().strip().splitlines()[-1]
+    print(f"going on without torch.compile: {reason[:150]}", flush=True)
+    return False
 
 
 # --------------------------------------------------------------------------------------
-# 15. Drawn shapes
+# 14. Drawn shapes
 # --------------------------------------------------------------------------------------
 # A stand-in for photographs: nothing to download, and learned in minutes on a CPU.
 
-SHAPE_NAMES = "circle ring square frame triangle diamond plus cross star moon".split()
-COLOUR_NAMES = "red orange yellow lime cyan blue magenta pink tan white".split()
-
-
-def shape_distance(name, u, v):
-    """How far the place (u, v) is outside a shape, below 0 inside; u points right, v
-    up.
-
-    The shape fits into [-1,1] (the star's tips reach 1.02). Outside, this grows about
-    like the distance.
-    """
-    radius = u.hypot(v)
-    square = u.abs().maximum(v.abs())  # a distance with square corners
-    if name == "circle":
-        return radius - 1
-    if name == "ring":
-        return (radius - 0.75).abs() - 0.22
-    if name == "square":
-        return square - 0.85
-    if name == "frame":
-        return (square - 0.7).abs() - 0.2
-    if name == "triangle":
-        return (-v - 0.65).maximum(u.abs() * 0.87 + v * 0.5 - 0.5)
-    if name == "diamond":
-        return (u.abs() + v.abs() - 1) * 0.7
-    if name == "plus":
-        return (u.abs().minimum(v.abs()) - 0.28).maximum(square - 1)
-    if name == "cross":
-        return ((u.abs() - v.abs()).abs() - 0.4).maximum(square - 0.9)
-    if name == "star":
-        return radius - 0.68 - 0.34 * (5 * torch.atan2(u, v)).cos()
-    return (radius - 1).maximum(0.8 - (u - 0.5).hypot(v))  # moon
+# An outline goes from tip to tip by way of an inner corner: (tips, radius of that corner).
+# Where the corner lies on the straight line between two tips, the star is a polygon.
+OUTLINES = dict(
+    triangle=(3, 0.5),
+    diamond=(4, 0.7071),
+    circle=(24, 1.0),
+    star=(5, 0.4),
+    spark=(4, 0.3),
+)
+FILLS = ("", "hollow ")
+COLOURS = "red orange yellow lime cyan blue magenta pink tan white".split()
 
 
 def draw_shapes(count, seed):
-    """Draw `count` pictures of 10 shapes x 10 colours: (x uint8 (count,3,32,32), y
-    (count,), class names). The same seed draws the same pictures."""
-    random = torch.Generator().manual_seed(seed)
-    classes = len(SHAPE_NAMES) * len(COLOUR_NAMES)
-    y = torch.randint(classes, (count,), generator=random)
+    """Draw `count` pictures of 5 outlines, filled or hollow, in 10 colours: (x uint8
+    (count,3,32,32), y (count,), 100 class names). The same seed draws the same pictures."""
+    random = np.random.RandomState(seed)
+    kinds = list(itertools.product(COLOURS, FILLS, OUTLINES))
+    y = random.randint(len(kinds), size=count)
+    x = np.empty((count, 32, 32, 3), np.uint8)
+    for i, label in enumerate(y):
+        colour, fill, outline = kinds[label]
+        tips, inner = OUTLINES[outline]
 
-    # Half a shape's size in pixels, and its middle, such that it lies wholly inside.
-    size = 11 + 3 * torch.rand(count, 1, 1, generator=random)
-    shift = -1 + 2 * torch.rand(2, count, 1, 1, generator=random)
-    middle_x, middle_y = 15.5 + shift * (15.5 - size)
+        # Corners, in a square of 128 pixels; scaling down smooths the edges.
+        size = random.uniform(40, 54)
+        middle = random.uniform(size, 128 - size, 2)
+        angle = np.pi * np.arange(2 * tips) / tips
+        corners = np.stack([np.sin(angle), -np.cos(angle)], axis=1)  # (2*tips,2)
+        corners[1::2] *= inner
 
-    # Every pixel's place as the shape sees it.
-    u = (torch.arange(32.0) - middle_x) / size  # (count,1,32)
-    v = (middle_y - torch.arange(32.0)[:, None]) / size  # (count,32,1)
+        # The shape on a dark grey, and in a hollow one the grey again.
+        grey = (random.randint(10, 50),) * 3
+        image = Image.new("RGB", (128, 128), grey)
+        pen = ImageDraw.Draw(image)
+        pen.polygon((middle + size * corners).flatten().tolist(), colour)
+        if fill:
+            pen.polygon((middle + 0.55 * size * corners).flatten().tolist(), grey)
+        x[i] = image.reduce(4)
 
-    # Which share of a pixel the shape covers: the distance in pixels, cut to one pixel,
-    # gives a smooth edge.
-    cover = torch.empty(count, 1, 32, 32)
-    for i, name in enumerate(SHAPE_NAMES):
-        members = y // len(COLOUR_NAMES) == i
-        distance = shape_distance(name, u[members], v[members]) * size[members]
-        cover[members, 0] = (0.5 - distance).clamp(0, 1)
-
-    # Paint the shape on a dark grey.
-    palette = torch.tensor([ImageColor.getrgb(name) for name in COLOUR_NAMES]).float()
-    colour = palette[y % len(COLOUR_NAMES)][:, :, None, None]
-    grey = 10 + 40 * torch.rand(count, 1, 1, 1, generator=random)
-    x = grey.lerp(colour, cover).byte()
-
-    names = [f"{colour} {shape}" for shape in SHAPE_NAMES for colour in COLOUR_NAMES]
-    return x, y, names
+    names = [f"{colour} {fill}{outline}" for colour, fill, outline in kinds]
+    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(y), names
 
 
 # --------------------------------------------------------------------------------------
-# 16. Command line
+# 15. Command line
 # --------------------------------------------------------------------------------------
 
 
 def check_value(field, value):
-    """Raises ValueError, with a readable message, if a field of Settings may not have
-    this value."""
-    flag = "--" + field.name.replace("_", "-")
-    limits = field.metadata
-    kinds = (int, float) if field.type is float else field.type
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise UserError(f"{flag} {value!r} is not of type {field.type.__name__}")
-    if limits["choices"] and value not in limits["choices"]:
-        raise UserError(f"{flag} {value} is none of {', '.join(limits['choices'])}")
-    if limits["low"] is not None:
-        # Written so that nan fails as well.
-        if not limits["low"] <= value <= limits["high"]:
-            raise UserError(
-                f"{flag} {value} is not within {limits['low']} to {limits['high']}"
-            )
+    """Raises UserError if a field of Settings may not have this value."""
+    allowed = field.metadata["allowed"]
+    fits = isinstance(value, (int, float) if field.type is float else field.type)
+    if fits and allowed:
+        if field.type is str:
+            fits = value in allowed
+        else:
+            fits = allowed[0] <= value <= allowed[1]
+    if not fits:
+        wanted = "a " + field.type.__name__
+        if allowed:
+            wanted += (" of " if field.type is str else " within ") + f"{allowed}"
+        raise UserError(f"{flag_of(field)} is {value!r}, and should be {wanted}")
 
 
-# What is not taken from a checkpoint, which may have been made on another machine.
-THIS_MACHINE = dict(device="auto", compile="auto", precision="auto", out="", weights="")
-
-
-def choose_settings(**given):
-    """Settings from those `given`. For the rest, in this order: what `recipe="paper"`
-    sets, the defaults for data="shapes", the defaults. Raises ValueError as Settings
-    does."""
-    values = {}
-    if given.get("data") == "shapes":
-        values.update(SHAPES)
-    if given.get("recipe") == "paper":
-        values.update(PAPER)
-    values.update(given)
-    return Settings(**values)
-
-
-def checkpoint_settings(**given):
-    """Settings to draw with, from a checkpoint or exported weights: those `given`, and
-    for the rest those that it was made with. Raises ValueError, with a readable
-    message, if there is no such file or it can't be used.
-
-    A checkpoint knows how it was made, but not on which machine we are; and `classes`
-    is of one command only. Where recipe="paper" is asked for, the checkpoint must be
-    of that recipe.
-    """
-    made = load_checkpoint(choose_settings(**given).checkpoint())["settings"]
-    asked = PAPER if given.get("recipe") == "paper" else {}
-    return Settings(**{**made, **THIS_MACHINE, "classes": "", **asked, **given})
+def flag_of(field):
+    """The flag of a field of Settings on the command line."""
+    return "--" + field.name.replace("_", "-")
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError for a command that is not valid, instead of ending the
-    process."""
+    """Raises UserError for a command that is not valid, instead of ending the process."""
 
     def error(self, message):
         raise UserError(f"{message} (--help lists all flags)")
 
 
 def parse(argv):
-    """(mode, dict of the settings that `argv` gives). Raises ValueError, with a
-    readable message."""
+    """(mode, dict of the settings that `argv` gives). Raises UserError."""
     parser = Parser(
-        "diffusion.py",
-        description=__doc__.split("\n\n")[0],
+        description="\n\n".join((__doc__ or "").split("\n\n")[:3]),
         epilog="With --data shapes or --recipe paper some defaults are others.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
     )
-    modes = "train sample interpolate neighbours fid schedules export".split()
-    parser.add_argument("mode", nargs="?", choices=modes, default="train")
-    flags = ["--help"]
+    parser._negative_number_matcher = re.compile(r"-[.\d]")  # so -1e-1 is no flag
+    parser.add_argument("mode", nargs="?", default="train")
+    flags = []
     for field in dataclasses.fields(Settings):
-        flags.append("--" + field.name.replace("_", "-"))
-        parser.add_argument(
-            flags[-1],
-            type=field.type,
-            choices=field.metadata["choices"],
-            help=f"{field.metadata['help']}; default {field.default!r}",
-        )
+        kind = dict(type=field.type)
+        if field.type is bool:
+            kind = dict(action="store_true")
+        text = f"{field.metadata['help']}; default {field.default!r}"
+        flags.append(flag_of(field))
+        parser.add_argument(flags[-1], help=text, **kind)
 
-    # The value of a flag that there isn't would be taken for the mode.
-    for word in argv:
-        flag = word.split("=")[0]
-        if flag.startswith("--") and flag not in flags:
-            parser.error(f"there is no {flag}")
-    given = vars(parser.parse_args(argv))
-    mode = given.pop("mode")
-    return mode, given
-
-
-def command_line(argv):
-    """The command that was typed, as one that can be typed again from the same folder."""
-    script = Path(__file__).resolve()
-    if script.parent == Path.cwd():
-        script = script.name
-    return shlex.join(["python", str(script), *argv])
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.5)
+        hint = f", did you mean {near[0]}?" if near else ""
+        raise UserError(f"there is no {unknown[0]}{hint} (--help lists all flags)")
+    given = vars(given)
+    return given.pop("mode"), given
 
 
 def run(argv):
-    """What `python diffusion.py ARGV` does; returns the mode's result. Raises what the
-    mode raises."""
+    """What `python diffusion.py ARGV` does; returns the mode's result. Raises what the mode
+    raises."""
     mode, given = parse(argv)
-    if mode == "export":
-        return export(choose_settings(**given))
     if mode == "train":
-        command = command_line(argv)
-        return train(choose_settings(**given), command)
+        return train(choose_settings(**given))
     if mode == "schedules":
         return schedules_mode(choose_settings(**given))
 
-    # The others start from a checkpoint.
-    settings = checkpoint_settings(**given)
-    if mode == "sample":
-        return sample_mode(settings, *open_network(settings, settings.count))
-    if mode == "interpolate":
-        count = 80  # eight pairs, ten pictures of each
-        return interpolate_mode(settings, *open_network(settings, count))
-
-    # Neighbours and FID compare with real pictures, those that the network learned from.
-    make_folder(settings.folder())  # better to fail now than after a download
-    data = load_data(settings.data, choose_device(settings.device))
-    count = settings.fid_count if mode == "fid" else settings.count
-    net, names = open_network(settings, count, data.checksum)
-    if mode == "neighbours":
-        return neighbours_mode(settings, net, names, data)
-    return fid_mode(settings, net, data)
-
-
-LESS_MEMORY = (
-    "out of memory: training with a quarter of --batch-size takes less than half of it (give "
-    "that run another --out); sampling takes less with a smaller --sample-batch"
-)
+    # The others draw with a network that training, or somebody, has left.
+    modes = dict(
+        sample=sample_mode,
+        interpolate=interpolate_mode,
+        neighbours=neighbours_mode,
+        fid=fid_mode,
+    )
+    if mode not in modes:
+        raise UserError(f"no mode {mode}, only train, schedules, {', '.join(modes)}")
+    net, names, settings = open_network(**given)
+    make_folder(settings)  # better to fail now
+    if mode == "fid" or settings.count >= 2000:  # for fewer it would take longer
+        compile_network(net, settings.compile)
+    return modes[mode](settings, net, names)
 
 
 def main(argv=None):
     """`run`, with errors as one line and an exit status: the only place that ends the
     process."""
+    # What a console can't show is replaced.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except (UserError, OSError, AssertionError) as error:
@@ -2389,17 +1890,12 @@ def main(argv=None):
             raise
         sys.exit(f"error: {error}")
     except RuntimeError as error:
-        # CUDA, its libraries, Apple's GPUs and the CPU each say it in their own words.
-        words = ("out of memory", "ALLOC_FAILED", "allocate memory", "not enough memory")
-        words += ("unable to find an engine",)  # cuDNN, when none has the memory it needs
-        if not any(word in str(error) for word in words):
+        if "memory" not in str(error):
             raise
-        sys.exit(f"error: {LESS_MEMORY}")
-    except Stopped as stopped:
-        print(f"\n{stopped}")
-        sys.exit(128 + stopped.number)
-    except KeyboardInterrupt:  # outside the training loop there is nothing to save
-        sys.exit(128 + signal.SIGINT)
+        sys.exit("error: out of memory: a quarter of --batch-size takes less than half of it")
+    except KeyboardInterrupt as stopped:
+        print(stopped)
+        sys.exit(130)
 
 
 if __name__ == "__main__":
