@@ -69,8 +69,6 @@ import argparse
 import contextlib
 import csv
 import dataclasses
-import difflib
-import io
 import itertools
 import logging
 import math
@@ -138,25 +136,12 @@ class Residual(nn.Sequential):
         return x + super().forward(x)
 
 
-class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x²) + eps) * gain over the last axis [44]: LayerNorm without mean and
-    bias."""
-
-    def forward(self, x):
-        # In bf16, autocast would compute this in fp32 on CUDA, and elsewhere leave the gain
-        # in fp32, which no fused kernel takes. So autocast is off here, and the gain gets
-        # x's type. (The kernel sums up in fp32 by itself.)
-        with torch.autocast(x.device.type, enabled=False):
-            gain = self.weight.to(x.dtype)
-            return F.rms_norm(x, self.normalized_shape, gain, self.eps)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention [42]: (B,T,D) -> (B,T,D). Four heads: our choice."""
 
-    def __init__(self, width, heads=4, bias=False):
+    def __init__(self, width, bias=False):
         super().__init__()
-        self.heads = heads
+        self.heads = 4
         self.qkv = nn.Linear(width, 3 * width, bias)
         self.out = nn.Linear(width, width, bias)
 
@@ -205,15 +190,15 @@ class GatedMLP(nn.Module):
 class EncoderLayer(nn.Module):
     """A pre-norm transformer encoder layer: (B,T,D) -> (B,T,D).
 
-    "llama" is the paper's [1.2.1]: RMSNorm and a gated MLP, without dropout; pre-norm and no
-    biases are LLaMA's [40], hidden width 2D is our choice. "gpt2", which the paper compares
+    "llama" is the paper's [1.2.1]: RMSNorm [44], which is x / sqrt(mean(x²) + eps) * gain, and
+    a gated MLP, without dropout; pre-norm and no biases are LLaMA's [40], hidden width 2D is our choice. "gpt2", which the paper compares
     with, is LayerNorm, a plain MLP of width 4D and biases as we read it, also without dropout.
     `local_gate` is GatedMLP's, and ours, so for "llama" alone.
     """
 
     def __init__(self, width, block="llama", activation=nn.SiLU, local_gate=False):
         super().__init__()
-        norm = RMSNorm if block == "llama" else nn.LayerNorm
+        norm = nn.RMSNorm if block == "llama" else nn.LayerNorm
         self.norm1 = norm(width)
         self.norm2 = norm(width)
         self.attention = Attention(width, bias=block == "gpt2")
@@ -314,7 +299,7 @@ class Classifier(nn.Module):
             self.encoder.append(EncoderLayer(width, block, activation, gate == "local"))
 
         # A norm at the end, as in LLaMA [40].
-        self.norm = RMSNorm(width) if block == "llama" else nn.LayerNorm(width)
+        self.norm = nn.RMSNorm(width) if block == "llama" else nn.LayerNorm(width)
 
         # "A pair of linear transformations" [1.2.1] with nothing between them; the width
         # between is our choice. Such a pair multiplies out to one matrix, so ours is one
@@ -372,7 +357,7 @@ def load_cifar(folder):
     missing = not (folder / DATASET.base_folder).exists()
     parts = []
     advice = f"get {DATASET.url}, unpack it there; or do without: --data shapes"
-    with reading(f"{DATASET.__name__} in {folder}", advice):
+    with using(f"{DATASET.__name__} in {folder}", advice):
         for train in (True, False):
             part = DATASET(folder, train, download=missing)
             x = torch.from_numpy(part.data).permute(0, 3, 1, 2)
@@ -389,8 +374,7 @@ def held_out(y, per_class):
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(len(y), dtype=torch.bool)
     for label in y.unique():
-        members = order[y[order] == label]
-        mask[members[:per_class]] = True
+        mask[order[y[order] == label][:per_class]] = True
     return mask
 
 
@@ -398,8 +382,8 @@ def load_data(source, holdout=0, device="cpu"):
     """(train_x, train_y, val_x, val_y, names) on the device, as load_cifar: of `source`, the
     folder of the data set, or of drawn shapes, if it is "shapes".
 
-    To validate on are the test pictures, or, with `holdout`, so many training pictures, as
-    many of each class. Raises UserError as load_cifar, and if that can't be.
+    To validate on are the test pictures, or, with `holdout`, so many training pictures,
+    rounded down to as many of each class. Raises UserError as load_cifar.
     """
     if source == "shapes":
         x, y, _ = draw_shapes(10_000, seed=1)
@@ -407,8 +391,6 @@ def load_data(source, holdout=0, device="cpu"):
     else:
         x, y, val_x, val_y, names = load_cifar(source)
 
-    if holdout % len(names) != 0:
-        raise UserError(f"--holdout {holdout} is not {len(names)} equal shares")
     if holdout > 0:
         mask = held_out(y, holdout // len(names))
         val_x, val_y = x[mask], y[mask]
@@ -429,33 +411,30 @@ def apply_operation(x, name, magnitude, sign):
     each operation does at a magnitude is as in torchvision's RandAugment: at 30 a shear by 0.3,
     a shift by 150 of 331 pixels, 30 degrees, factors of 1.9 and 0.1, four bits.
     """
-    share = magnitude / 30
-    shear = math.degrees(math.atan(0.3 * sign * share))
-    shift = int(150 / 331 * x.shape[-1] * sign * share)
-    factor = 1 + 0.9 * sign * share
-
-    if name == "shear-x":
-        return transform.affine(x, 0.0, [0, 0], 1.0, [shear, 0.0], center=[0, 0])
-    if name == "shear-y":
-        return transform.affine(x, 0.0, [0, 0], 1.0, [0.0, shear], center=[0, 0])
-    if name == "translate-x":
-        return transform.affine(x, 0.0, [shift, 0], 1.0, [0.0, 0.0])
-    if name == "translate-y":
-        return transform.affine(x, 0.0, [0, shift], 1.0, [0.0, 0.0])
+    share = sign * magnitude / 30
+    shear = math.degrees(math.atan(0.3 * share))
+    shift = int(150 / 331 * x.shape[-1] * share)
+    factor = 1 + 0.9 * share
+    tilts = {"shear-x": [shear, 0.0], "shear-y": [0.0, shear]}
+    moves = {"translate-x": [shift, 0], "translate-y": [0, shift]}
+    tones = dict(
+        brightness=transform.adjust_brightness,
+        colour=transform.adjust_saturation,
+        contrast=transform.adjust_contrast,
+        sharpness=transform.adjust_sharpness,
+    )
+    if name in tilts:
+        return transform.affine(x, 0.0, [0, 0], 1.0, tilts[name], center=[0, 0])
+    if name in moves:
+        return transform.affine(x, 0.0, moves[name], 1.0, [0.0, 0.0])
+    if name in tones:
+        return tones[name](x, factor)
     if name == "rotate":
-        return transform.rotate(x, 30 * sign * share)
-    if name == "brightness":
-        return transform.adjust_brightness(x, factor)
-    if name == "colour":
-        return transform.adjust_saturation(x, factor)
-    if name == "contrast":
-        return transform.adjust_contrast(x, factor)
-    if name == "sharpness":
-        return transform.adjust_sharpness(x, factor)
+        return transform.rotate(x, 30 * share)
     if name == "posterise":
-        return transform.posterize(x, 8 - round(4 * share))
+        return transform.posterize(x, 8 - round(4 * magnitude / 30))
     if name == "solarise":
-        return transform.solarize(x, 255 * (1 - share))
+        return transform.solarize(x, 255 * (1 - magnitude / 30))
     if name == "autocontrast":
         return transform.autocontrast(x)
     if name == "equalise":
@@ -464,10 +443,9 @@ def apply_operation(x, name, magnitude, sign):
 
 
 def crop_and_flip(x, top, left, flip):
-    """Pictures uint8 (B,3,H,W) with four black pixels around them, cut back to their size from
-    (top, left) on, 0 to 8, and mirrored if `flip`."""
-    height, width = x.shape[2:]
-    x = F.pad(x, (4, 4, 4, 4))[:, :, top : top + height, left : left + width]
+    """Pictures uint8 (B,3,32,32) with four black pixels around them, cut back to their size
+    from (top, left) on, 0 to 8, and mirrored if `flip`."""
+    x = F.pad(x, (4, 4, 4, 4))[:, :, top : top + 32, left : left + 32]
     return x.flip(-1) if flip else x
 
 
@@ -516,23 +494,21 @@ def seeded_generator(*numbers):
 
 
 def channel_statistics(x):
-    """(mean, std) of each channel, both (3,1,1), of uint8 pictures (N,3,H,W) scaled to
-    [0,1]."""
-    # One channel at a time: the whole training set as fp32 would take 600 MB.
-    found = [torch.std_mean(channel.float() / 255) for channel in x.unbind(1)]
-    std, mean = torch.tensor(found, device=x.device).T[:, :, None, None]
-    return mean, std
+    """Standard deviation and mean of each channel, (2,1,3,1,1), of uint8 pictures (N,3,H,W)
+    scaled to [0,1]."""
+    return torch.stack(torch.std_mean(x / 255, dim=(0, 2, 3), keepdim=True))
 
 
-def normalise(x, mean, std):
+def normalise(x, statistics):
     """uint8 [0,255] -> fp32 of mean 0 and variance 1 in each channel (our choice): the one
-    place where stored pictures become network input. mean and std (3,1,1) are of pictures in
-    [0,1].
+    place where stored pictures become network input. `statistics` (2,1,3,1,1) are those of
+    channel_statistics.
 
     (B,3,H,W), in channels-last memory. Raises AssertionError if x is not uint8: then it is
     in [0,1], or has been normalised already.
     """
     assert x.dtype == torch.uint8, "normalise wants uint8 in [0,255]"
+    std, mean = statistics
     x = (x.float() / 255 - mean) / std
     return x.contiguous(memory_format=torch.channels_last)
 
@@ -576,9 +552,8 @@ class Muon(torch.optim.Optimizer):
     the step are [M]'s; that depthwise filters and the last layer are matrices too is our choice.
     """
 
-    def __init__(self, weights, lr=0.0, weight_decay=0.0, momentum=0.95):
-        defaults = dict(lr=lr, weight_decay=weight_decay, momentum=momentum)
-        super().__init__(weights, defaults)
+    def __init__(self, weights, lr=0.0, weight_decay=0.0):
+        super().__init__(weights, dict(lr=lr, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self):
@@ -591,9 +566,10 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["mean"] = torch.zeros_like(p)
         means = [self.state[p]["mean"] for p in weights]
 
-        # Nesterov's momentum: the mean as it would be if this gradient came once more.
-        torch._foreach_lerp_(means, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, means, group["momentum"])
+        # The running mean, and Nesterov's momentum: the mean as it would be if this gradient
+        # came once more.
+        torch._foreach_lerp_(means, gradients, 1 - 0.95)
+        ahead = torch._foreach_lerp(gradients, means, 0.95)
 
         # All matrices go into one stack, filled up with zeros, which leave the singular values
         # as they are: so a step launches as few kernels as for one matrix.
@@ -690,7 +666,7 @@ class Settings:
     restart: bool = setting(False, "begin anew, over the run in the folder")
 
     # Where it runs. A device changes how numbers are rounded, and no more.
-    device: str = setting("auto", "where to compute", "auto", "cuda", "mps", "cpu")
+    device: str = setting("auto", "auto: a GPU where there is one", "auto", "cpu")
     compile: str = setting("auto", "torch.compile; auto: on CUDA", "auto", "on", "off")
     precision: str = setting("auto", "of matrix products", "auto", "float32", "bfloat16", "float16")
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
@@ -751,7 +727,7 @@ def train(settings):
     out = make_folder(settings)
     data = load_data(settings.data, settings.holdout, device)
     train_x, train_y, val_x, val_y, names = data
-    mean, std = channel_statistics(train_x)
+    statistics = channel_statistics(train_x)
     batches = len(train_y) // settings.batch_size  # per epoch; a last incomplete one is dropped
 
     net = build_network(settings, len(names)).to(device)
@@ -775,10 +751,9 @@ def train(settings):
     step = first
 
     # The parameter budget [1.1].
-    for name, stage in net.named_children():
-        print(f"{count_parameters(stage):8,} {name}")
     count = count_parameters(net)
-    print(f"{count:8,} parameters")
+    stages = {name: count_parameters(stage) for name, stage in net.named_children()}
+    print(f"{count:,} parameters: {stages}")
     assert count < MAX_PARAMETERS, f"{count} parameters are too many"
 
     losses = []  # since the last row of the log
@@ -804,7 +779,7 @@ def train(settings):
 
             # The next pictures of it.
             start = batch * settings.batch_size
-            x = normalise(epoch_x[start : start + settings.batch_size], mean, std)
+            x = normalise(epoch_x[start : start + settings.batch_size], statistics)
             y = epoch_y[start : start + settings.batch_size]  # (B,); x is (B,3,32,32)
 
             # Forward, in bf16 on a GPU that has it. train(), because validation leaves the
@@ -843,22 +818,22 @@ def train(settings):
             if validating or stopping or step == 1 or step % settings.log_every == 0:
                 row = new_row(step, settings, losses, rate, clock)
                 if validating:
-                    row.update(validate(net, data, mean, std, settings.precision))
+                    row.update(validate(net, data, statistics, settings.precision))
                 show_row(row)
                 rows.append(row)
                 if validating or stopping:
                     seen = save_checkpoint(path, seen, made, parts, rows)
                     save_log(out, rows)
                 if validating:
-                    save_weights(out / "weights.pt", made, net, mean, std, row["val_acc"])
+                    save_weights(out / "weights.pt", made, net, statistics, row["val_acc"])
                 losses = []
                 clock = time.perf_counter()
 
     if stopping:
         raise KeyboardInterrupt(
-            f"saved at step {step}: the same command goes on (without --restart)"
+            "stopped, and all is saved: the same command goes on (without --restart)"
         )
-    return report(net, data, mean, std, settings)
+    return report(net, data, statistics, settings)
 
 
 # --------------------------------------------------------------------------------------
@@ -867,21 +842,20 @@ def train(settings):
 
 
 def six_views(x):
-    """Six versions of pictures x (B,3,H,W), one after the other (6,B,3,H,W): as they are,
-    shifted by one pixel down and right, shifted by one up and left, with black coming in as in
-    training; and the mirror image of each of these."""
-    height, width = x.shape[2:]
+    """A list of six versions of pictures x, each (B,3,H,W) again: as they are, shifted by
+    one pixel down and right, shifted by one up and left, with black coming in as in training;
+    and the mirror image of each of these."""
     padded = F.pad(x, (1, 1, 1, 1))
     views = []
     for start in (1, 0, 2):
-        shifted = padded[:, :, start : start + height, start : start + width]
+        shifted = padded[:, :, start : start + 32, start : start + 32]
         views += [shifted, shifted.flip(-1)]
-    return torch.stack(views)
+    return views
 
 
-def predict_logits(net, x, mean, std, precision="auto", tta=False):
+def predict_logits(net, x, statistics, precision="auto", tta=False):
     """Logits (B,classes) of `net` for pictures x, uint8 (B,3,H,W); with `tta` their mean over
-    six views of each picture; mean and std as normalise takes them.
+    six views of each picture; `statistics` as normalise takes them.
 
     That is test-time augmentation, which is ours. Max-pooling cuts every picture into the same
     2x2 squares, so shifting a picture by one pixel changes the answer; in the mean of such
@@ -889,15 +863,15 @@ def predict_logits(net, x, mean, std, precision="auto", tta=False):
     """
     views = six_views(x) if tta else [x]
     with autocast(x.device, precision):
-        logits = [net(normalise(view, mean, std)).float() for view in views]
+        logits = [net(normalise(view, statistics)).float() for view in views]
     return torch.stack(logits).mean(dim=0)
 
 
 @torch.no_grad()
-def evaluate(net, x, y, mean, std, precision="auto", tta=False):
+def evaluate(net, x, y, statistics, precision="auto", tta=False):
     """(loss, accuracy, spread) of `net` on pictures x, uint8 (N,3,32,32), with labels y (N,):
     mean cross-entropy in nats, share of right answers (0 to 1), and its standard deviation over
-    batches of up to 1,000 pictures. The rest as predict_logits. Leaves `net` in evaluation
+    batches of 1,000 pictures. The rest as predict_logits. Leaves `net` in evaluation
     mode.
 
     The paper's ± (0.014 and 0.011) is about what batches of 1,024 give: sqrt(0.62 * 0.38 /
@@ -906,98 +880,90 @@ def evaluate(net, x, y, mean, std, precision="auto", tta=False):
     net.eval()
     logits = []
     for some in x.split(250):  # on a CPU faster than more, and it takes less memory
-        logits.append(predict_logits(net, some, mean, std, precision, tta))
+        logits.append(predict_logits(net, some, statistics, precision, tta))
     logits = torch.cat(logits)  # (N,classes)
     hits = (logits.argmax(dim=1) == y).float()
-    batch = min(1000, len(y) // 2)
-    spread = hits.unfold(0, batch, batch).mean(dim=1).std(correction=0)
+    spread = torch.stack([part.mean() for part in hits.split(1000)]).std(correction=0)
     return F.cross_entropy(logits, y).item(), hits.mean().item(), spread.item()
 
 
-def validate(net, data, mean, std, precision):
+def validate(net, data, statistics, precision):
     """The figures of the paper's Figure 2, for one row of the log: accuracy (0 to 1) on the
     validation pictures, and on as many training pictures; and the loss (nats)."""
     train_x, train_y, val_x, val_y, _ = data
     count = len(val_y)
-    _, train_acc, _ = evaluate(net, train_x[:count], train_y[:count], mean, std, precision)
-    val_loss, val_acc, _ = evaluate(net, val_x, val_y, mean, std, precision)
+    _, train_acc, _ = evaluate(net, train_x[:count], train_y[:count], statistics, precision)
+    val_loss, val_acc, _ = evaluate(net, val_x, val_y, statistics, precision)
     return dict(train_acc=train_acc, val_acc=val_acc, val_loss=val_loss)
 
 
-def report(net, data, mean, std, settings):
-    """Print the result as the paper's line does [1.3], write predictions.png, and return the
-    accuracy on the validation pictures.
+def report(net, data, statistics, settings):
+    """Print the result as the paper's line does [1.3], and return the accuracy on the
+    validation pictures.
 
     The paper's train loss (1.931) is above its val loss (1.419) though its train accuracy is
     the higher one, so they were hardly measured alike; perhaps the former was taken while
     training, with smoothing and augmentation. Here both are plain cross-entropy on pictures
     left as they are.
     """
-    train_x, train_y, val_x, val_y, names = data
-    options = mean, std, settings.precision
+    train_x, train_y, val_x, val_y, _ = data
+    options = statistics, settings.precision
     print("measuring", flush=True)
     val_loss, val_acc, val_spread = evaluate(net, val_x, val_y, *options)
     _, six, _ = evaluate(net, val_x, val_y, *options, tta=True)
-    kind = "held-out" if settings.holdout else "test"
-    print(f"{kind} pictures: {val_acc:.2%}; six views of each, not the paper's: {six:.2%}")
-
     loss, acc, spread = evaluate(net, train_x, train_y, *options)
     print(
         f"train loss: {loss:.3f}, val loss: {val_loss:.3f}, train acc: {acc:.3f}±{spread:.3f}, "
-        f"val acc: {val_acc:.3f}±{val_spread:.3f} (± over batches, not seeds)"
+        f"val acc: {val_acc:.4f}±{val_spread:.3f} (± over batches, not seeds); from six views of "
+        f"each picture, not the paper's: {six:.4f}"
     )
-    draw_predictions(make_folder(settings) / "predictions.png", net, val_x, val_y, names, mean, std)
     return val_acc
 
 
-def eval_mode(settings, net, names, mean, std):
+def eval_mode(net, names, statistics, settings):
     """Measure a network again; with --holdout 0 on the test set, where it was validated on a
     hold-out. Returns its accuracy on the validation pictures."""
-    data = load_data(settings.data, settings.holdout, mean.device)
+    data = load_data(settings.data, settings.holdout, statistics.device)
     if data[-1] != names:
         raise UserError(f"--data {settings.data}: the network was made for other classes")
-    return report(net, data, mean, std, settings)
+    return report(net, data, statistics, settings)
 
 
-def open_picture(path, side=32):
+def open_picture(path):
     """A picture file as the network sees pictures: the largest square in its middle, in
-    colour, on white where it is transparent, shrunk to uint8 (1,3,side,side). Raises UserError
+    colour, on white where it is transparent, shrunk to uint8 (1,3,32,32). Raises UserError
     if it can't be read."""
-    with reading(path), Image.open(path) as image:
-        # Grey of 16 bits, which convert would cut off at 255.
-        if image.mode.startswith("I"):
-            image = image.convert("I").point(lambda value: value * (1 / 256))
+    with using(path), Image.open(path) as image:
         upright = ImageOps.exif_transpose(image).convert("RGBA")
         picture = Image.new("RGBA", upright.size, "white")
         picture.alpha_composite(upright)
-        small = ImageOps.fit(picture.convert("RGB"), (side, side))
+        small = ImageOps.fit(picture.convert("RGB"), (32, 32))
         return transform.pil_to_tensor(small)[None]
 
 
 @torch.no_grad()
-def predict_mode(settings, net, names, mean, std, words):
+def predict_mode(net, names, statistics, settings, words):
     """Print the five likeliest classes of each picture file, or of those in a folder, with
-    their probabilities, from six views of it; returns the likeliest names. The network knows its
-    own classes only, and no "none of these". Raises UserError at the end if a file could not
+    their probabilities, from six views of it. The network knows its own classes only, and no
+    "none of these". Raises UserError at the end if a file could not
     be read."""
     files = []
     for path in map(Path, words):
         files += sorted(path.iterdir()) if path.is_dir() else [path]
-    found = []
+    failed = False
     for path in files:
         try:
-            x = open_picture(path).to(mean.device)
+            x = open_picture(path).to(statistics.device)
         except UserError as error:
             print(error)
+            failed = True
             continue
-        logits = predict_logits(net, x, mean, std, settings.precision, tta=True)
+        logits = predict_logits(net, x, statistics, settings.precision, tta=True)
         best = logits[0].softmax(dim=0).topk(5)
         pairs = zip(best.values.tolist(), best.indices.tolist())
         print(f"{path}:", ", ".join(f"{names[i]} {share:.1%}" for share, i in pairs))
-        found.append(names[best.indices[0]])
-    if len(found) < len(files):
+    if failed:
         raise UserError("not all files could be read")
-    return found
 
 
 # ======================================================================================
@@ -1017,40 +983,40 @@ def lr_find_mode(settings):
     device = set_up(settings)
     out = make_folder(settings)
     train_x, train_y, _, _, names = load_data(settings.data, settings.holdout, device)
-    mean, std = channel_statistics(train_x)
+    statistics = channel_statistics(train_x)
     net = build_network(settings, len(names)).to(device)
     optimisers = make_optimisers(net, settings.weight_decay, settings.optimiser)
     random = seeded_generator(settings.seed)
+    epoch_x = augment(
+        train_x, random, settings.randaugment_ops, settings.randaugment_magnitude
+    )
     steps = min(settings.steps, 200)
     smooth = 0.0
-    curve = []  # (log10 of the rate, loss)
+    curve = []
+    powers = [5 * step / steps - 5 for step in range(steps)]  # log10 of the rate
 
-    for step in range(steps):
+    for step, power in enumerate(powers, start=1):
         # The update that train makes, in fp32, on pictures drawn at random.
         chosen = torch.randint(len(train_y), (settings.batch_size,), generator=random).to(device)
-        x = augment(
-            train_x[chosen], random, settings.randaugment_ops, settings.randaugment_magnitude
-        )
-        logits = net(normalise(x, mean, std))
+        logits = net(normalise(epoch_x[chosen], statistics))
         loss = F.cross_entropy(logits, train_y[chosen], label_smoothing=settings.label_smoothing)
         net.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(net.parameters(), max_norm=1.0)
-        power = 5 * step / steps - 5
         for optimiser in optimisers:
             optimiser.param_groups[0].update(lr=10**power)
             optimiser.step()
 
         # A running mean, divided by the sum of its weights so far.
         smooth = 0.9 * smooth + 0.1 * loss.item()
-        curve.append((power, smooth / (1 - 0.9 ** (step + 1))))
-        print("log10 of the rate %.3f  loss %.4f" % curve[-1], flush=True)
+        curve.append(smooth / (1 - 0.9**step))
+        print(f"rate {10**power:.1e}  loss {curve[-1]:.4f}", flush=True)
 
     # OneCycle stays near its peak for long, so keep clear of the rate at which the loss turns
     # up: a third of it (our choice). What is above the first loss is not drawn.
-    turn, _ = min(curve, key=lambda point: point[1])
-    peak = 10**turn / 3
-    plot(out / "lr_find.png", dict(loss=[point for point in curve if point[1] <= curve[0][1]]))
+    peak = 10 ** powers[np.argmin(curve)] / 3
+    shown = np.minimum(curve, curve[0]).tolist()
+    plot(out / "lr_find.png", dict(power=powers, loss=shown))
     print(f"proposed: --max-lr {peak:.1e}, a third of the rate of least loss")
     return peak
 
@@ -1090,60 +1056,35 @@ def save_log(out, rows):
     """log.csv, and curve.png, the paper's Figure 2, whole each time. Where they can't be
     written (a spreadsheet may hold the table), one line says so, and training goes on."""
     validated = [row for row in rows if "val_acc" in row]
-    train = [(row["step"], row["train_acc"]) for row in validated]
-    validation = [(row["step"], row["val_acc"]) for row in validated]
     try:
         with open(out / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, max(rows, key=len))
             writer.writeheader()
             writer.writerows(rows)
         if validated:
-            plot(out / "curve.png", dict(train=train, validation=validation))
+            names = ("step", "train_acc", "val_acc")
+            plot(out / "curve.png", {name: [row[name] for row in validated] for name in names})
     except Exception as error:
         print(f"going on without log.csv or curve.png: {error}")
 
 
-def plot(path, curves):
-    """Draw `curves`, name -> [(x, y)], into a PNG. The axes go from the
-    least to the greatest value that there is."""
-    points = np.concatenate(list(curves.values()))  # (N,2)
-    low = points.min(0)
-    span = np.ptp(points, 0) + 1e-9
-
-    image = Image.new("RGB", (1080, 675), "white")
+def plot(path, columns):
+    """Draw the columns of a table, a dict name -> list of N numbers, over the first of them,
+    which rises, into a PNG, with the least and the greatest value of each."""
+    image = Image.new("RGB", (900, 600), "white")
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(20)
-    for i in range(6):
-        x, y = low + span * i / 5
-        pen.text((100 + 188 * i, 640), f"{x:,.5g}", "black", font, "mm")
-        pen.text((80, 610 - 108 * i), f"{y:.3g}", "black", font, "rm")
+    x, *curves = np.array(list(columns.values()))  # each (N,)
+    low, span = np.min(curves), np.ptp(curves) + 1e-9
+    across = 20 + 860 * (x - x[0]) / (np.ptp(x) + 1e-9)
 
-    for number, (name, curve) in enumerate(curves.items()):
-        colour = f"hsl({350 - 110 * number}, 60%, 45%)"
-        places = (np.array(curve) - low) / span * (940, -540) + (100, 610)
-        pen.line(places.flatten().tolist(), colour, 3)
-        pen.text((1040, 60 + 30 * number), name, colour, font, "rm")
-    image.save(path)
-
-
-@torch.no_grad()
-def draw_predictions(path, net, x, y, names, mean, std):
-    """PNG of 40 pictures uint8 (N,3,32,32), spread evenly over all; under each its true name,
-    and under that the name `net` gives it, in green if right, in red if wrong."""
-    x = x[:: len(x) // 40][:40]
-    y = y[:: len(y) // 40][:40]
-    guesses = predict_logits(net, x, mean, std).argmax(dim=1)
-    image = Image.new("RGB", (8 * 140, 5 * 160), "white")
-    pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(13)
-    for i in range(len(x)):
-        across = 140 * (i % 8) + 70
-        down = 160 * (i // 8)
-        tile = transform.to_pil_image(x[i]).resize((112, 112), Image.NEAREST)
-        image.paste(tile, (across - 56, down + 8))
-        colour = "green" if guesses[i] == y[i] else "red"
-        pen.text((across, down + 130), names[y[i]], "black", font, "mm")
-        pen.text((across, down + 146), names[guesses[i]], colour, font, "mm")
+    for number, (name, values) in enumerate(columns.items()):
+        colour = f"hsl({110 * number}, 60%, 40%)"
+        text = f"{name}: {min(values):,.4g} to {max(values):,.4g}"
+        pen.text((20, 10 + 26 * number), text, colour, font)
+        if number > 0:
+            down = 580 - 460 * (np.array(values) - low) / span
+            pen.line(np.stack([across, down], axis=1).flatten().tolist(), colour, 3)
     image.save(path)
 
 
@@ -1158,13 +1099,13 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def reading(source, advice=""):
+def using(source, advice=""):
     """Whatever fails inside this becomes one UserError with the source and the reason, and
     the advice: a damaged file can fail in any way."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        reason = " ".join(str(error).split())[:150]
         raise UserError(f"can't use {source} ({reason}) {advice}") from error
 
 
@@ -1188,15 +1129,11 @@ def load_file(path):
 
 def save_whole(state, path):
     """torch.save, first beside `path`, under a name of its own, then renamed: so it is always
-    a whole file, the old or the new one. Raises OSError."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)  # not into the file: what it says of a full disk is no OSError
+    a whole file, the old or the new one. Raises UserError."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(buffer.getbuffer())
+    with using(path, "to save"):
+        torch.save(state, beside)
         os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def modified(path):
@@ -1243,22 +1180,21 @@ def save_checkpoint(path, seen, made, parts, rows):
 def resume(path, made, parts):
     """Put what save_checkpoint wrote back into the `parts`. Returns how many steps are done,
     and the rows of the log. Raises UserError if the file can't be used."""
-    with reading(path):
+    with using(path):
         state = load_file(path)
         check_same(state["made"], made)
 
         for name, part in parts.items():
-            if state[name]:  # that of a scaler that does nothing is empty
-                part.load_state_dict(state[name])
+            part.load_state_dict(state[name])
 
         # Of an optimiser's state its running averages count; the rest is as it was made.
         # AdamW's fused kernel would write past averages that are too small.
         for optimiser in (parts["large"], parts["small"]):
             optimiser.param_groups[0].update(optimiser.defaults)
             for p, averages in optimiser.state.items():
-                shapes = [value.shape for value in averages.values()]
-                if shapes not in ([p.shape], [(), p.shape, p.shape]):
-                    raise ValueError("the optimiser's state does not fit")
+                for name, value in averages.items():
+                    if name != "step" and value.shape != p.shape:
+                        raise ValueError("the optimiser's state does not fit")
 
         rows = list(state["rows"])
         show_row(rows[-1])
@@ -1268,10 +1204,10 @@ def resume(path, made, parts):
     return step, rows
 
 
-def save_weights(path, made, net, mean, std, val_acc):
+def save_weights(path, made, net, statistics, val_acc):
     """Write what all modes but training need: the network, the statistics of its pictures,
     and how it was `made`, as describe says it."""
-    state = dict(net=net.state_dict(), mean=mean, std=std, made=made, val_acc=val_acc)
+    state = dict(net=net.state_dict(), statistics=statistics, made=made, val_acc=val_acc)
     save_whole(state, path)
 
 
@@ -1281,9 +1217,7 @@ def build_network(settings, classes):
     for that."""
     names = "layers tied block activation positions downsample stem gate head".split()
     variant = {name: getattr(settings, name) for name in names}
-    width = settings.width
-    if width == 0:
-        width = widest_that_fits(classes, variant)
+    width = settings.width or widest_that_fits(classes, variant)
     torch.manual_seed(settings.seed)
     return Classifier(classes, width, **variant)
 
@@ -1292,17 +1226,14 @@ def widest_that_fits(classes, variant):
     """The largest width, a multiple of 8, at which the Classifier of `variant`, a dict of its
     arguments, is within the parameter budget."""
     width = 8
-    while True:
-        # On the meta device a network has shapes but no memory.
-        with torch.device("meta"):
-            wider = Classifier(classes, width + 8, **variant)
-        if count_parameters(wider) >= MAX_PARAMETERS:
-            return width
-        width += 8
+    with torch.device("meta"):  # there a network has shapes but no memory
+        while count_parameters(Classifier(classes, width + 8, **variant)) < MAX_PARAMETERS:
+            width += 8
+    return width
 
 
 def open_network(**given):
-    """(network in evaluation mode, class names, mean, std, Settings), mean and std as normalise
+    """(network in evaluation mode, class names, statistics, Settings), mean and std as normalise
     takes them: from the file that `weights` names, or from what training wrote into `out`.
 
     What is not `given` is as it was in training, but for where to compute. Needs no data set.
@@ -1313,7 +1244,7 @@ def open_network(**given):
     if not path.is_file():
         raise UserError(f"no {path}: train first, or say where it is, with --out or --weights")
     device = set_up(asked)
-    with reading(path):
+    with using(path):
         state = load_file(path)
         made = state["made"]
         check_same(made, {**given, "holdout": made["holdout"]})
@@ -1321,9 +1252,8 @@ def open_network(**given):
         settings = Settings(**{**made, **given})
         net = build_network(settings, len(names)).to(device)
         net.load_state_dict(state["net"])
-        mean = state["mean"].view(3, 1, 1).to(device)
-        std = state["std"].view(3, 1, 1).to(device)
-    return net.eval(), names, mean, std, settings
+        statistics = state["statistics"].view(2, 1, 3, 1, 1).to(device)
+    return net.eval(), names, statistics, settings
 
 
 # --------------------------------------------------------------------------------------
@@ -1373,13 +1303,10 @@ def autocast(device, precision="auto"):
 
 
 def set_up(settings):
-    """What each mode begins with: the device; "auto" is a GPU where there is one. Raises
-    UserError if there is none of the kind asked for."""
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    best = gpu.type if gpu else "cpu"
-    if settings.device not in ("auto", "cpu", best):
-        raise UserError(f"--device {settings.device}: this machine, or this torch, has none")
-    device = torch.device(best if settings.device == "auto" else settings.device)
+    """What each mode begins with: the device, a GPU (CUDA or Apple's) where there is one."""
+    device = torch.device("cpu")
+    if settings.device == "auto":
+        device = torch.accelerator.current_accelerator(check_available=True) or device
     print(f"torch {torch.__version__}, {device}, {choose_precision(device, settings.precision)}")
 
     # What is said to be fp32 is fp32: TF32 rounds more.
@@ -1449,7 +1376,6 @@ def draw_shapes(count, seed):
     for i in range(count):
         colour, fill, outline = names[y[i]].split()
         tips, inner = OUTLINES[outline]
-        grey = (random.randint(10, 50),) * 3
 
         # Corners x + iy, in a square of 128 pixels; scaling down smooths the edges.
         size = random.uniform(40, 54)
@@ -1458,6 +1384,7 @@ def draw_shapes(count, seed):
         corners += complex(*random.uniform(size, 128 - size, 2))
 
         # The shape on a dark grey, its edge ten pixels wide.
+        grey = "#202020"
         image = Image.new("RGB", (128, 128), grey)
         pen = ImageDraw.Draw(image)
         inside = colour if fill == "solid" else grey
@@ -1490,12 +1417,9 @@ PAPER = dict(stem="plain", gate="plain", head="pair", optimiser="adamw")
 def choose_settings(**given):
     """Settings from those `given`. For the rest, in this order: the defaults
     for data="shapes", what recipe="paper" sets, the defaults. Raises UserError as Settings does."""
-    values = {}
-    if given.get("recipe") == "paper":
-        values.update(PAPER)
-    if given.get("data") == "shapes":
-        values.update(SHAPES)
-    return Settings(**{**values, **given})
+    paper = PAPER if given.get("recipe") == "paper" else {}
+    shapes = SHAPES if given.get("data") == "shapes" else {}
+    return Settings(**{**paper, **shapes, **given})
 
 
 def check_value(field, value):
@@ -1522,20 +1446,14 @@ def parse(argv):
     )
     parser._negative_number_matcher = re.compile(r"-[.\d]")  # so -1e-1 is no flag
     parser.add_argument("words", nargs="*")
-    flags = []
     for field in dataclasses.fields(Settings):
-        flags.append("--" + field.name.replace("_", "-"))
+        flag = "--" + field.name.replace("_", "-")
         kind = dict(type=field.type)
         if field.type is bool:
             kind = dict(action="store_true")
         text = f"{field.metadata['help']}; default {field.default!r}"
-        parser.add_argument(flags[-1], help=text, **kind)
-
-    given, unknown = parser.parse_known_intermixed_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], flags, cutoff=0.5)
-        parser.error(f"there is no {unknown[0]}, but {', '.join(near) or 'see --help'}")
-    given = vars(given)
+        parser.add_argument(flag, help=text, **kind)
+    given = vars(parser.parse_intermixed_args(argv))
     return given.pop("words", []), given
 
 
@@ -1552,10 +1470,8 @@ def run(argv):
         return train(choose_settings(**given))
     if mode == "lr-find":
         return lr_find_mode(choose_settings(**given))
-    net, names, mean, std, settings = open_network(**given)
-    if mode == "eval":
-        return eval_mode(settings, net, names, mean, std)
-    return predict_mode(settings, net, names, mean, std, files)
+    opened = open_network(**given)
+    return eval_mode(*opened) if mode == "eval" else predict_mode(*opened, files)
 
 
 def main():

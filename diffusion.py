@@ -76,7 +76,6 @@ import csv
 import dataclasses
 import difflib
 import hashlib
-import io
 import itertools
 import logging
 import math
@@ -360,7 +359,7 @@ def load_cifar(folder):
     missing = not (folder / DATASET.base_folder).exists()
     parts = []
     advice = f"get {DATASET.url}, unpack it there; or do without: --data shapes"
-    with reading(f"{DATASET.__name__} in {folder}", advice):
+    with using(f"{DATASET.__name__} in {folder}", advice):
         for train in (True, False):
             part = DATASET(folder, train, download=missing)
             x = torch.from_numpy(part.data).permute(0, 3, 1, 2)
@@ -563,7 +562,7 @@ class Settings:
     restart: bool = setting(False, "begin anew, over the run in the folder")
 
     # Where it runs. Each kind of device has its own rounding and its own random numbers.
-    device: str = setting("auto", "where to compute", "auto", "cuda", "mps", "cpu")
+    device: str = setting("auto", "auto: a GPU where there is one", "auto", "cpu")
     compile: str = setting("auto", "torch.compile; auto: on CUDA", "auto", "on", "off")
     precision: str = setting("auto", "of matrix products", "auto", "float32", "bfloat16", "float16")
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
@@ -669,10 +668,9 @@ def train(settings):
     step = first
 
     # The parameter budget [2.1].
-    for name, stage in net.named_children():
-        print(f"{count_parameters(stage):9,} {name}")
     count = count_parameters(net)
-    print(f"{count:9,} parameters")
+    stages = {name: count_parameters(stage) for name, stage in net.named_children()}
+    print(f"{count:,} parameters: {stages}")
     assert count < MAX_PARAMETERS, f"{count} parameters are too many"
 
     losses = []  # since the last row of the log
@@ -758,7 +756,7 @@ def train(settings):
 
     if stopping:
         raise KeyboardInterrupt(
-            f"saved at step {step}: the same command goes on (without --restart)"
+            "stopped, and all is saved: the same command goes on (without --restart)"
         )
     sample_mode(settings, ema_net, names)
     interpolate_mode(settings, ema_net, names)
@@ -1106,7 +1104,7 @@ def load_inception(path=""):
         f"fetch {INCEPTION} (SHA-256 {INCEPTION_SHA256}) and name it with --inception; `sample "
         "--count 10000` writes samples.npz, for other programs, without it"
     )
-    with reading(f"the FID network in {file}", advice):
+    with using(f"the FID network in {file}", advice):
         if not path and not file.exists():
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION, str(file))
@@ -1197,50 +1195,46 @@ def save_log(out, rows):
     """log.csv, and loss.png of the validated rows, whole each time. Where they can't be
     written (a spreadsheet may hold the table), one line says so, and training goes on."""
     validated = [row for row in rows if "val_loss" in row]
-    train = [(row["step"], row["loss"]) for row in validated]
-    validation = [(row["step"], row["val_loss"]) for row in validated]
     try:
         with open(out / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, max(rows, key=len))
             writer.writeheader()
             writer.writerows(rows)
         if validated:
-            plot(out / "loss.png", dict(train=train, validation=validation))
+            names = ("step", "loss", "val_loss")
+            plot(out / "loss.png", {name: [row[name] for row in validated] for name in names})
     except Exception as error:
         print(f"going on without log.csv or loss.png: {error}")
 
 
-def plot(path, curves):
-    """Draw `curves`, name -> [(x, y)], into a PNG. The axes go from the
-    least to the greatest value that there is."""
-    points = np.concatenate(list(curves.values()))  # (N,2)
-    low = points.min(0)
-    span = np.ptp(points, 0) + 1e-9
-
-    image = Image.new("RGB", (1080, 675), "white")
+def plot(path, columns):
+    """Draw the columns of a table, a dict name -> list of N numbers, over the first of them,
+    which rises, into a PNG, with the least and the greatest value of each."""
+    image = Image.new("RGB", (900, 600), "white")
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(20)
-    for i in range(6):
-        x, y = low + span * i / 5
-        pen.text((100 + 188 * i, 640), f"{x:,.5g}", "black", font, "mm")
-        pen.text((80, 610 - 108 * i), f"{y:.3g}", "black", font, "rm")
+    x, *curves = np.array(list(columns.values()))  # each (N,)
+    low, span = np.min(curves), np.ptp(curves) + 1e-9
+    across = 20 + 860 * (x - x[0]) / (np.ptp(x) + 1e-9)
 
-    for number, (name, curve) in enumerate(curves.items()):
-        colour = f"hsl({350 - 110 * number}, 60%, 45%)"
-        places = (np.array(curve) - low) / span * (940, -540) + (100, 610)
-        pen.line(places.flatten().tolist(), colour, 3)
-        pen.text((1040, 60 + 30 * number), name, colour, font, "rm")
+    for number, (name, values) in enumerate(columns.items()):
+        colour = f"hsl({110 * number}, 60%, 40%)"
+        text = f"{name}: {min(values):,.4g} to {max(values):,.4g}"
+        pen.text((20, 10 + 26 * number), text, colour, font)
+        if number > 0:
+            down = 580 - 460 * (np.array(values) - low) / span
+            pen.line(np.stack([across, down], axis=1).flatten().tolist(), colour, 3)
     image.save(path)
 
 
 def schedules_mode(settings):
     """schedules.png: log-SNR against t of the noise schedules [2.3]."""
     t = torch.linspace(0, 1, 200)
-    curves = {}
+    columns = dict(t=t.tolist())
     for name, schedule in SCHEDULES.items():
-        curves[name] = torch.stack([t, schedule(t)], dim=1).tolist()
+        columns[name] = schedule(t).tolist()
     path = make_folder(settings) / "schedules.png"
-    plot(path, curves)
+    plot(path, columns)
     print(path)
 
 
@@ -1255,13 +1249,13 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def reading(source, advice=""):
+def using(source, advice=""):
     """Whatever fails inside this becomes one UserError with the source and the reason, and
     the advice: a damaged file can fail in any way."""
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        reason = " ".join(str(error).split())[:150]
         raise UserError(f"can't use {source} ({reason}) {advice}") from error
 
 
@@ -1285,15 +1279,11 @@ def load_file(path):
 
 def save_whole(state, path):
     """torch.save, first beside `path`, under a name of its own, then renamed: so it is always
-    a whole file, the old or the new one. Raises OSError."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)  # not into the file: what it says of a full disk is no OSError
+    a whole file, the old or the new one. Raises UserError."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_bytes(buffer.getbuffer())
+    with using(path, "to save"):
+        torch.save(state, beside)
         os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def modified(path):
@@ -1343,21 +1333,21 @@ def save_checkpoint(path, seen, made, parts, rows):
 def resume(path, made, parts):
     """Put what save_checkpoint wrote back into the `parts`. Returns how many steps are done,
     and the rows of the log. Raises UserError if the file can't be used."""
-    with reading(path):
+    with using(path):
         state = load_file(path)
         check_same(state["made"], made)
 
         for name, part in parts.items():
-            if state[name]:  # that of a scaler that does nothing is empty
-                part.load_state_dict(state[name])
+            part.load_state_dict(state[name])
 
         # Of the optimiser's state its running averages count; the rest is as it was made.
         # Adam's fused kernel would write past averages that are too small.
         optimiser = parts["optimiser"]
         optimiser.param_groups[0].update(optimiser.defaults)
         for p, averages in optimiser.state.items():
-            if [value.shape for value in averages.values()] != [(), p.shape, p.shape]:
-                raise ValueError("the optimiser's state does not fit")
+            for name, value in averages.items():
+                if name != "step" and value.shape != p.shape:
+                    raise ValueError("the optimiser's state does not fit")
 
         rows = list(state["rows"])
         show_row(rows[-1])
@@ -1395,7 +1385,7 @@ def open_network(**given):
     if not path.is_file():
         raise UserError(f"no {path}: train first, or say where it is, with --out or --weights")
     device = set_up(asked)
-    with reading(path):
+    with using(path):
         state = load_file(path)
         made = state["made"]
         check_same(made, given)
@@ -1455,13 +1445,10 @@ def autocast(device, precision="auto"):
 
 
 def set_up(settings):
-    """What each mode begins with: the device; "auto" is a GPU where there is one. Raises
-    UserError if there is none of the kind asked for."""
-    gpu = torch.accelerator.current_accelerator(check_available=True)
-    best = gpu.type if gpu else "cpu"
-    if settings.device not in ("auto", "cpu", best):
-        raise UserError(f"--device {settings.device}: this machine, or this torch, has none")
-    device = torch.device(best if settings.device == "auto" else settings.device)
+    """What each mode begins with: the device, a GPU (CUDA or Apple's) where there is one."""
+    device = torch.device("cpu")
+    if settings.device == "auto":
+        device = torch.accelerator.current_accelerator(check_available=True) or device
     print(f"torch {torch.__version__}, {device}, {choose_precision(device, settings.precision)}")
 
     # What is said to be fp32 is fp32: TF32 rounds more.
@@ -1535,7 +1522,6 @@ def draw_shapes(count, seed):
     for i in range(count):
         colour, fill, outline = names[y[i]].split()
         tips, inner = OUTLINES[outline]
-        grey = (random.randint(10, 50),) * 3
 
         # Corners x + iy, in a square of 128 pixels; scaling down smooths the edges.
         size = random.uniform(40, 54)
@@ -1544,6 +1530,7 @@ def draw_shapes(count, seed):
         corners += complex(*random.uniform(size, 128 - size, 2))
 
         # The shape on a dark grey, its edge ten pixels wide.
+        grey = "#202020"
         image = Image.new("RGB", (128, 128), grey)
         pen = ImageDraw.Draw(image)
         inside = colour if fill == "solid" else grey
@@ -1582,12 +1569,9 @@ PAPER = dict(modulate="off", width=56, log_snr_shift=0.0, **PAPER_SAMPLING)
 def choose_settings(**given):
     """Settings from those `given`. For the rest, in this order: the defaults
     for data="shapes", what recipe="paper" sets, the defaults. Raises UserError as Settings does."""
-    values = {}
-    if given.get("recipe") == "paper":
-        values.update(PAPER)
-    if given.get("data") == "shapes":
-        values.update(SHAPES)
-    return Settings(**{**values, **given})
+    paper = PAPER if given.get("recipe") == "paper" else {}
+    shapes = SHAPES if given.get("data") == "shapes" else {}
+    return Settings(**{**paper, **shapes, **given})
 
 
 def check_value(field, value):
@@ -1614,20 +1598,14 @@ def parse(argv):
     )
     parser._negative_number_matcher = re.compile(r"-[.\d]")  # so -1e-1 is no flag
     parser.add_argument("mode", nargs="?", default="train")
-    flags = []
     for field in dataclasses.fields(Settings):
-        flags.append("--" + field.name.replace("_", "-"))
+        flag = "--" + field.name.replace("_", "-")
         kind = dict(type=field.type)
         if field.type is bool:
             kind = dict(action="store_true")
         text = f"{field.metadata['help']}; default {field.default!r}"
-        parser.add_argument(flags[-1], help=text, **kind)
-
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], flags, cutoff=0.5)
-        parser.error(f"there is no {unknown[0]}, but {', '.join(near) or 'see --help'}")
-    given = vars(given)
+        parser.add_argument(flag, help=text, **kind)
+    given = vars(parser.parse_args(argv))
     return given.pop("mode"), given
 
 
