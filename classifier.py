@@ -141,17 +141,16 @@ class Attention(nn.Module):
 
     def __init__(self, width, bias=False):
         super().__init__()
-        self.heads = 4
         self.qkv = nn.Linear(width, 3 * width, bias)
         self.out = nn.Linear(width, width, bias)
 
     def forward(self, x):
         # Query, key and value come from one matrix, and each is cut into heads.
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B,T,3,heads,D/heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,heads,T,D/heads)
+        qkv = self.qkv(x).unflatten(-1, (3, 4, -1))  # (B,T,3,4,D/4)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,4,T,D/4)
 
-        # softmax(q k^T / sqrt(D/heads)) v: each token takes a weighted mean of all tokens.
-        mixed = F.scaled_dot_product_attention(q, k, v)  # (B,heads,T,D/heads)
+        # softmax(q k^T / sqrt(D/4)) v: each token takes a weighted mean of all tokens.
+        mixed = F.scaled_dot_product_attention(q, k, v)  # (B,4,T,D/4)
 
         # The heads side by side again.
         return self.out(mixed.transpose(1, 2).flatten(2))  # (B,T,D)
@@ -405,7 +404,7 @@ OPERATIONS = (
 
 
 def apply_operation(x, name, magnitude, sign):
-    """One of RandAugment's fourteen operations [5] on pictures uint8 (B,3,H,W).
+    """One of RandAugment's fourteen operations [5] on pictures uint8 (B,3,32,32).
 
     `magnitude` is 0 to 30; `sign`, 1 or -1, is the direction, where an operation has one. What
     each operation does at a magnitude is as in torchvision's RandAugment: at 30 a shear by 0.3,
@@ -413,7 +412,7 @@ def apply_operation(x, name, magnitude, sign):
     """
     share = sign * magnitude / 30
     shear = math.degrees(math.atan(0.3 * share))
-    shift = int(150 / 331 * x.shape[-1] * share)
+    shift = int(150 / 331 * 32 * share)
     factor = 1 + 0.9 * share
     tilts = {"shear-x": [shear, 0.0], "shear-y": [0.0, shear]}
     moves = {"translate-x": [shift, 0], "translate-y": [0, shift]}
@@ -554,6 +553,8 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, weights, lr=0.0, weight_decay=0.0):
         super().__init__(weights, dict(lr=lr, weight_decay=weight_decay))
+        for p in weights:
+            self.state[p]["mean"] = torch.zeros_like(p)
 
     @torch.no_grad()
     def step(self):
@@ -561,9 +562,6 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         weights = group["params"]
         gradients = [p.grad for p in weights]
-        for p in weights:
-            if not self.state[p]:
-                self.state[p]["mean"] = torch.zeros_like(p)
         means = [self.state[p]["mean"] for p in weights]
 
         # The running mean, and Nesterov's momentum: the mean as it would be if this gradient
@@ -729,6 +727,8 @@ def train(settings):
     train_x, train_y, val_x, val_y, names = data
     statistics = channel_statistics(train_x)
     batches = len(train_y) // settings.batch_size  # per epoch; a last incomplete one is dropped
+    if batches == 0:
+        raise UserError("--batch-size is above the number of training pictures")
 
     net = build_network(settings, len(names)).to(device)
     compile_network(net, settings.compile)
@@ -945,8 +945,7 @@ def open_picture(path):
 def predict_mode(net, names, statistics, settings, words):
     """Print the five likeliest classes of each picture file, or of those in a folder, with
     their probabilities, from six views of it. The network knows its own classes only, and no
-    "none of these". Raises UserError at the end if a file could not
-    be read."""
+    "none of these". Raises UserError at the end if a file could not be read."""
     files = []
     for path in map(Path, words):
         files += sorted(path.iterdir()) if path.is_dir() else [path]
@@ -959,9 +958,9 @@ def predict_mode(net, names, statistics, settings, words):
             failed = True
             continue
         logits = predict_logits(net, x, statistics, settings.precision, tta=True)
-        best = logits[0].softmax(dim=0).topk(5)
-        pairs = zip(best.values.tolist(), best.indices.tolist())
-        print(f"{path}:", ", ".join(f"{names[i]} {share:.1%}" for share, i in pairs))
+        shares, numbers = logits[0].softmax(dim=0).topk(5)
+        found = [f"{names[i]} {share:.1%}" for i, share in zip(numbers, shares.tolist())]
+        print(f"{path}:", ", ".join(found))
     if failed:
         raise UserError("not all files could be read")
 
@@ -990,10 +989,9 @@ def lr_find_mode(settings):
     epoch_x = augment(
         train_x, random, settings.randaugment_ops, settings.randaugment_magnitude
     )
-    steps = min(settings.steps, 200)
+    powers = np.linspace(-5, 0, min(settings.steps, 200)).tolist()  # log10 of the rate
     smooth = 0.0
     curve = []
-    powers = [5 * step / steps - 5 for step in range(steps)]  # log10 of the rate
 
     for step, power in enumerate(powers, start=1):
         # The update that train makes, in fp32, on pictures drawn at random.
@@ -1075,15 +1073,13 @@ def plot(path, columns):
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(20)
     x, *curves = np.array(list(columns.values()))  # each (N,)
-    low, span = np.min(curves), np.ptp(curves) + 1e-9
-    across = 20 + 860 * (x - x[0]) / (np.ptp(x) + 1e-9)
-
+    across = np.interp(x, [x[0], x[-1]], [20, 880])
     for number, (name, values) in enumerate(columns.items()):
         colour = f"hsl({110 * number}, 60%, 40%)"
         text = f"{name}: {min(values):,.4g} to {max(values):,.4g}"
         pen.text((20, 10 + 26 * number), text, colour, font)
         if number > 0:
-            down = 580 - 460 * (np.array(values) - low) / span
+            down = np.interp(values, [np.min(curves), np.max(curves)], [580, 120])
             pen.line(np.stack([across, down], axis=1).flatten().tolist(), colour, 3)
     image.save(path)
 
@@ -1191,11 +1187,13 @@ def resume(path, made, parts):
         # AdamW's fused kernel would write past averages that are too small.
         for optimiser in (parts["large"], parts["small"]):
             optimiser.param_groups[0].update(optimiser.defaults)
-            for p, averages in optimiser.state.items():
+            weights = optimiser.param_groups[0]["params"]
+            for p, averages in zip(weights, optimiser.state.values(), strict=True):
                 for name, value in averages.items():
                     if name != "step" and value.shape != p.shape:
                         raise ValueError("the optimiser's state does not fit")
 
+        print(f"going on from {path}, which ends with")
         rows = list(state["rows"])
         show_row(rows[-1])
         step = int(rows[-1]["step"])
@@ -1233,8 +1231,8 @@ def widest_that_fits(classes, variant):
 
 
 def open_network(**given):
-    """(network in evaluation mode, class names, statistics, Settings), mean and std as normalise
-    takes them: from the file that `weights` names, or from what training wrote into `out`.
+    """(network in evaluation mode, class names, statistics as normalise takes them, Settings):
+    from the file that `weights` names, or from what training wrote into `out`.
 
     What is not `given` is as it was in training, but for where to compute. Needs no data set.
     Raises UserError if there is no such file or it can't be used.
@@ -1337,7 +1335,6 @@ def compile_network(net, how):
         return
     torch._dynamo.config.suppress_errors = True
     logging.getLogger("torch._dynamo.convert_frame").addFilter(say_uncompiled)
-
     net.compile(dynamic=False)
 
 
@@ -1426,10 +1423,9 @@ def check_value(field, value):
     """Raises UserError if a field of Settings may not have this value."""
     allowed = field.metadata["allowed"]
     fits = isinstance(value, (int, field.type))
-    if fits and allowed and field.type is str:
-        fits = value in allowed
-    elif fits and allowed:
-        fits = allowed[0] <= value <= allowed[1]
+    if fits and allowed:
+        low, *_, high = allowed
+        fits = value in allowed if field.type is str else low <= value <= high
     if not fits:
         raise UserError(f"{field.name} is {value!r}, no {field.type.__name__} of {allowed}")
 

@@ -630,6 +630,8 @@ def train(settings):
     train_x, train_y, test_x, test_y, names = load_data(settings.data, device)
     pictures = len(train_y)
     batches = pictures // settings.batch_size  # per epoch; a last incomplete one is dropped
+    if batches == 0:
+        raise UserError("--batch-size is above the number of training pictures")
 
     # The network, and the average of its weights, which is what validates and samples.
     net = build_network(settings, len(names)).to(device)
@@ -1214,15 +1216,13 @@ def plot(path, columns):
     pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(20)
     x, *curves = np.array(list(columns.values()))  # each (N,)
-    low, span = np.min(curves), np.ptp(curves) + 1e-9
-    across = 20 + 860 * (x - x[0]) / (np.ptp(x) + 1e-9)
-
+    across = np.interp(x, [x[0], x[-1]], [20, 880])
     for number, (name, values) in enumerate(columns.items()):
         colour = f"hsl({110 * number}, 60%, 40%)"
         text = f"{name}: {min(values):,.4g} to {max(values):,.4g}"
         pen.text((20, 10 + 26 * number), text, colour, font)
         if number > 0:
-            down = 580 - 460 * (np.array(values) - low) / span
+            down = np.interp(values, [np.min(curves), np.max(curves)], [580, 120])
             pen.line(np.stack([across, down], axis=1).flatten().tolist(), colour, 3)
     image.save(path)
 
@@ -1344,11 +1344,12 @@ def resume(path, made, parts):
         # Adam's fused kernel would write past averages that are too small.
         optimiser = parts["optimiser"]
         optimiser.param_groups[0].update(optimiser.defaults)
-        for p, averages in optimiser.state.items():
+        for p, averages in zip(parts["net"].parameters(), optimiser.state.values(), strict=True):
             for name, value in averages.items():
                 if name != "step" and value.shape != p.shape:
                     raise ValueError("the optimiser's state does not fit")
 
+        print(f"going on from {path}, which ends with")
         rows = list(state["rows"])
         show_row(rows[-1])
         step = int(rows[-1]["step"])
@@ -1578,10 +1579,9 @@ def check_value(field, value):
     """Raises UserError if a field of Settings may not have this value."""
     allowed = field.metadata["allowed"]
     fits = isinstance(value, (int, field.type))
-    if fits and allowed and field.type is str:
-        fits = value in allowed
-    elif fits and allowed:
-        fits = allowed[0] <= value <= allowed[1]
+    if fits and allowed:
+        low, *_, high = allowed
+        fits = value in allowed if field.type is str else low <= value <= high
     if not fits:
         raise UserError(f"{field.name} is {value!r}, no {field.type.__name__} of {allowed}")
 
