@@ -11,7 +11,8 @@ the top:
     python classifier.py lr-find          learning-rate range test, 200 steps
 
 A run writes into one folder, runs/classifier-<data set>; the same command again goes on where
-it stopped. The modes eval and predict read that run's weights.pt, or --weights FILE.
+it stopped, and --restart begins anew. The modes eval and predict read that run's weights.pt, or
+--weights FILE.
 
 Result of the first command, in five minutes on an H200: 69.12 % of the test pictures right, and
 70.67 % from six views of each, shifted and mirrored. README.md has its log and curve.
@@ -189,10 +190,11 @@ class GatedMLP(nn.Module):
 class EncoderLayer(nn.Module):
     """A pre-norm transformer encoder layer: (B,T,D) -> (B,T,D).
 
-    "llama" is the paper's [1.2.1]: RMSNorm [44], which is x / sqrt(mean(x²) + eps) * gain, and
-    a gated MLP, without dropout; pre-norm and no biases are LLaMA's [40], hidden width 2D is our choice. "gpt2", which the paper compares
-    with, is LayerNorm, a plain MLP of width 4D and biases as we read it, also without dropout.
-    `local_gate` is GatedMLP's, and ours, so for "llama" alone.
+    "llama" is the paper's [1.2.1]: RMSNorm [44], x / sqrt(mean(x²) + eps) * gain, and a gated
+    MLP, without dropout; pre-norm and no biases are LLaMA's [40], hidden width 2D is our
+    choice. "gpt2", which the paper compares with, is LayerNorm, a plain MLP of width 4D and
+    biases as we read it, also without dropout. `local_gate` is GatedMLP's, and ours, so for
+    "llama" alone.
     """
 
     def __init__(self, width, block="llama", activation=nn.SiLU, local_gate=False):
