@@ -17,8 +17,8 @@ it stopped, and --restart begins anew. The modes eval and predict read that run'
 Result of the first command, in five minutes on an H200: 69.12 % of the test pictures right, and
 70.67 % from six views of each, shifted and mirrored. README.md has its log and curve.
 
-The paper's network [1.2.1] with our widths (D = 80), which `--recipe paper` builds, in 98,804
-parameters (the paper's has 99,546; its Figure 1, which draws it, was not at hand):
+The paper's network [1.2.1], as `--recipe paper` builds it: 98,804 parameters at our widths
+(D = 80); the paper's has 99,546. We could not see its Figure 1.
 
     picture                                          (B,  3, 32, 32)
     depthwise-separable convolution, max-pool     -> (B, 40, 16, 16)
@@ -30,7 +30,8 @@ parameters (the paper's has 99,546; its Figure 1, which draws it, was not at han
     RMSNorm, mean over the tokens                 -> (B, 80)
     linear, linear                                -> (B, 100) logits
 
-The default goes beyond it in four places, in 93,924 parameters:
+The default goes beyond it in four places, in 93,924 parameters; `--recipe paper` takes back all
+four:
 
     stem        x + convolution(x) in the last two, and the second pooling after them,
                 so that they see 16x16 places
@@ -43,9 +44,9 @@ understand how it learns 2 (data), 3 (objective and optimisers) and 5 (training)
 the double line supports the story.
 
 Shapes in comments: B pictures, C channels, H x W pixels, T tokens of width D.
-Tags like [1.2.1] name a section of the paper: 1.1 The Discriminative Modelling Problem, 1.2.1
-Model Architecture, 1.2.2 Discussion, 1.3 Results, 1.4 Limitations. `our choice` marks what it
-leaves open. Numbers from 5 on are its references:
+Tags like [1.2.1] name a section of the paper: 1.1 The Discriminative Modelling Problem, 1.2
+Methodology, 1.2.1 Model Architecture, 1.2.2 Discussion, 1.3 Results, 1.4 Limitations. `our
+choice` marks what it leaves open. Numbers from 5 on are its references:
 
     [5]  RandAugment (2019)
     [6]  Language Modeling with Gated Convolutional Networks (2016)
@@ -109,8 +110,8 @@ def depthwise_separable(c_in, c_out, filters_per_channel=1, strided=False, activ
     channel (space), then a 1x1 mixture of the channels (features), it costs
     9 * c_in * f + c_in * f * c_out, with f filters per channel: with one about an eighth, for
     80 channels. The first layer takes more than one, as three colours alone would leave the
-    mixture too little to mix. "Each convolutional layer" [1.2.1], so each half, as in MobileNets
-    [14], is followed by BatchNorm [17] and an activation, SiLU [10, 26].
+    mixture too little to mix. The paper puts BatchNorm [17] and SiLU [10, 26] after "each
+    convolutional layer" [1.2.1]: here after each half, as in MobileNets [14].
 
     `strided` is the paper's "4,2,1" [1.2.2] instead of max-pooling. We read it as kernel,
     stride and padding, and give it to the first half. Then the result is (B,c_out,H/2,W/2).
@@ -140,6 +141,8 @@ class Residual(nn.Sequential):
 class Attention(nn.Module):
     """Multi-head self-attention [42]: (B,T,D) -> (B,T,D). Four heads: our choice."""
 
+    heads = 4
+
     def __init__(self, width, bias=False):
         super().__init__()
         self.qkv = nn.Linear(width, 3 * width, bias)
@@ -147,8 +150,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         # Query, key and value come from one matrix, and each is cut into heads.
-        qkv = self.qkv(x).unflatten(-1, (3, 4, -1))  # (B,T,3,4,D/4)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B,4,T,D/4)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B,T,3,4,D/4)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (3,B,4,T,D/4), so each (B,4,T,D/4)
 
         # softmax(q k^T / sqrt(D/4)) v: each token takes a weighted mean of all tokens.
         mixed = F.scaled_dot_product_attention(q, k, v)  # (B,4,T,D/4)
@@ -163,7 +166,7 @@ class GatedMLP(nn.Module):
 
     A `local` gate, which is ours, is act(filter(gate(x))): a 3x3 filter for each channel, over
     the square that the tokens come from. So a token's gate sees its eight neighbours too, for
-    nine weights and a bias per channel.
+    nine weights and a bias per hidden channel.
     """
 
     def __init__(self, width, hidden, activation=nn.SiLU, local=False):
@@ -179,8 +182,8 @@ class GatedMLP(nn.Module):
     def forward(self, x):
         gate = self.gate(x)  # (B,T,hidden)
         if self.filter is not None:
-            # To channels of a picture and back. These are views: tokens with the channel last
-            # are what channels-last memory is.
+            # To channels of a picture and back. These are views and copy nothing: channels-last
+            # memory stores a picture as its tokens, one after the other.
             side = math.isqrt(x.shape[1])
             square = gate.transpose(1, 2).unflatten(2, (side, side))  # (B,hidden,8,8)
             gate = self.filter(square).flatten(2).transpose(1, 2)  # (B,T,hidden)
@@ -191,10 +194,10 @@ class EncoderLayer(nn.Module):
     """A pre-norm transformer encoder layer: (B,T,D) -> (B,T,D).
 
     "llama" is the paper's [1.2.1]: RMSNorm [44], x / sqrt(mean(x²) + eps) * gain, and a gated
-    MLP, without dropout; pre-norm and no biases are LLaMA's [40], hidden width 2D is our
-    choice. "gpt2", which the paper compares with, is LayerNorm, a plain MLP of width 4D and
-    biases as we read it, also without dropout. `local_gate` is GatedMLP's, and ours, so for
-    "llama" alone.
+    MLP, without dropout; pre-norm and linear layers without biases are LLaMA's [40], hidden width
+    2D is our choice. "gpt2" is our reading of what the paper compares with: LayerNorm, biases,
+    and an MLP of width 4D without a gate, also without dropout. `local_gate` is GatedMLP's, and
+    ours, so for "llama" alone.
     """
 
     def __init__(self, width, block="llama", activation=nn.SiLU, local_gate=False):
@@ -218,12 +221,12 @@ def fourier_positions(side, width):
     """Sines and cosines [1.2.2, 42] of row and column, each at width/4 frequencies:
     (side²,width).
 
-    Two axes, and wavelengths from 2 tokens, which tells neighbours apart, to 2 * side, which
-    differs at every place, are our choice. At 2 tokens the sine is 0 everywhere, and the
-    cosine 1 and -1 in turn.
+    Two axes are our choice, and so are wavelengths from 2 to 2 * side tokens: the shortest tells
+    neighbours apart (its sine is 0 everywhere, and its cosine 1 and -1 in turn), the longest
+    gives each place another value.
     """
     place = torch.arange(side)[:, None]  # (side,1)
-    half_cycles = side ** -torch.linspace(0, 1, width // 4)  # (D/4,) per token: 1 to 1/side
+    half_cycles = side ** -torch.linspace(0, 1, width // 4)  # (D/4,), per token: 1 to 1/side
     angle = place * math.pi * half_cycles  # (side,D/4)
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # (side,D/2)
 
@@ -260,8 +263,7 @@ class Classifier(nn.Module):
         super().__init__()
         activation = dict(silu=nn.SiLU, gelu=nn.GELU, relu=nn.ReLU)[activation]
 
-        # That there are four, their widths and kernels, and eight filters per colour are our
-        # choice.
+        # Our choice: four convolutions, their widths and kernels, and eight filters per colour.
         strided = downsample == "strided"
         pool = nn.Identity() if strided else nn.MaxPool2d(2)
         first = depthwise_separable(3, width // 2, 8, strided, activation)
@@ -274,7 +276,8 @@ class Classifier(nn.Module):
             self.stem = nn.Sequential(first, pool, second, pool, third, fourth)
         else:
             # Ours: the last two are x + convolution(x), and come before the second pooling.
-            # (If it is strided convolutions that shrink, they see 8x8 still.)
+            # (With strided convolutions there is no pooling to move, so they see 8x8. A
+            # Sequential unpacks into its layers.)
             third = Residual(*third)
             fourth = Residual(*fourth)
             self.stem = nn.Sequential(first, pool, second, third, fourth, pool)
@@ -291,12 +294,13 @@ class Classifier(nn.Module):
                 table = fourier_positions(side, width)
             self.register_buffer("positions", table, persistent=False)
 
-        # Tied weights [1.2.2, 7]: one layer, applied again and again. At width 80 it has
-        # 65,760 weights; four layers of their own would need 263,040. Tying is not free
-        # depth, though: all applications must make do with the same weights.
+        # Tied weights [1.2.2, 7]: one layer, applied again and again. At width 80, with the
+        # local gate, it has 65,760 weights; four layers of their own would need 263,040. Tying
+        # is not free depth, though: all applications must make do with the same weights.
         self.layers = layers
         self.encoder = nn.ModuleList()
-        for _ in range(min(layers, 1) if tied == "on" else layers):
+        distinct = min(layers, 1) if tied == "on" else layers
+        for _ in range(distinct):
             self.encoder.append(EncoderLayer(width, block, activation, gate == "local"))
 
         # A norm at the end, as in LLaMA [40].
@@ -304,7 +308,7 @@ class Classifier(nn.Module):
 
         # "A pair of linear transformations" [1.2.1] with nothing between them; the width
         # between is our choice. Such a pair multiplies out to one matrix, so ours is one
-        # layer. That saves 6,480 parameters, which the local gate needs.
+        # layer. That saves 6,480 parameters; with them, the local gate would break the budget.
         self.head = nn.Linear(width, classes)
         if head == "pair":
             self.head = nn.Sequential(nn.Linear(width, width), self.head)
@@ -317,7 +321,7 @@ class Classifier(nn.Module):
 
         # Every place of the 8x8 becomes a token.
         x = x.flatten(2).transpose(1, 2)  # (B,64,D)
-        x = x + self.positions.to(x.dtype)
+        x = x + self.positions.to(x.dtype)  # or bf16 would turn fp32 here
 
         for i in range(self.layers):
             # Tied weights: there is one layer, number 0, each time.
@@ -330,7 +334,7 @@ class Classifier(nn.Module):
 
 def count_parameters(net):
     """How many numbers training can change. BatchNorm's running averages are measured, not
-    trained, and constant positions are neither: they don't count."""
+    trained, and constant positions don't change: they don't count."""
     return sum(p.numel() for p in net.parameters())
 
 
@@ -370,7 +374,8 @@ def held_out(y, per_class):
     """Mask (N,), bool, of the pictures to hold out: `per_class` of each class in the labels y
     (N,), always the same ones.
 
-    A mask keeps both parts in the data's own order, in which the classes mix.
+    A mask keeps both parts in the data's own order, in which the classes mix: so the first n
+    pictures of either hold all classes.
     """
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros(len(y), dtype=torch.bool)
@@ -383,8 +388,8 @@ def load_data(source, holdout=0, device="cpu"):
     """(train_x, train_y, val_x, val_y, names) on the device, as load_cifar: of `source`, the
     folder of the data set, or of drawn shapes, if it is "shapes".
 
-    To validate on are the test pictures, or, with `holdout`, so many training pictures,
-    rounded down to as many of each class. Raises UserError as load_cifar.
+    Validation uses the test pictures. With `holdout` it uses that many training pictures instead,
+    the same number of each class (rounded down, at least one). Raises UserError as load_cifar.
     """
     if source == "shapes":
         x, y, _ = draw_shapes(10_000, seed=1)
@@ -393,7 +398,7 @@ def load_data(source, holdout=0, device="cpu"):
         x, y, val_x, val_y, names = load_cifar(source)
 
     if holdout > 0:
-        mask = held_out(y, holdout // len(names))
+        mask = held_out(y, max(1, holdout // len(names)))
         val_x, val_y = x[mask], y[mask]
         x, y = x[~mask], y[~mask]
     return *[part.to(device) for part in (x, y, val_x, val_y)], names
@@ -409,8 +414,8 @@ def apply_operation(x, name, magnitude, sign):
     """One of RandAugment's fourteen operations [5] on pictures uint8 (B,3,32,32).
 
     `magnitude` is 0 to 30; `sign`, 1 or -1, is the direction, where an operation has one. What
-    each operation does at a magnitude is as in torchvision's RandAugment: at 30 a shear by 0.3,
-    a shift by 150 of 331 pixels, 30 degrees, factors of 1.9 and 0.1, four bits.
+    each operation does at a magnitude is, but for rounding, as in torchvision's RandAugment: at
+    30 a shear by 0.3, a shift by 150 of 331 pixels, 30 degrees, factors of 1.9 and 0.1, four bits.
     """
     share = sign * magnitude / 30
     shear = math.degrees(math.atan(0.3 * share))
@@ -451,11 +456,11 @@ def crop_and_flip(x, top, left, flip):
 
 
 def change_parts(x, change, kinds, random):
-    """Pictures uint8 (N,3,H,W), each changed by change(x, *kind), with a kind from the list
-    `kinds` drawn for it from `random`, a generator on the CPU.
+    """Pictures uint8 (N,3,H,W), each changed by change(x, *kind), with one of the list `kinds`.
 
-    In a random order the pictures are cut into equal parts, one for each kind. So every
-    picture's draw is uniform, and there are as many calls as kinds, not as pictures.
+    The pictures are shuffled by `random`, a generator on the CPU, and cut into equal parts, and
+    part number k is changed by kinds[k]. So each picture's kind is random, and there are as many
+    calls as kinds, not as pictures.
     """
     order = torch.randperm(len(x), generator=random).to(x.device)
     parts = x[order].tensor_split(len(kinds))
@@ -468,11 +473,11 @@ def change_parts(x, change, kinds, random):
 
 
 def augment(x, random, operations=2, magnitude=6):
-    """What training sees of pictures uint8 (N,3,H,W), a whole epoch: uint8, as before.
+    """What training sees of pictures uint8 (N,3,32,32), a whole epoch: uint8, as before.
 
     `operations` times RandAugment [1.2.2, 5]: one of fourteen operations, in one of two
     directions, at `magnitude`, 0 to 30. Then, our choice, a shift by up to four pixels with
-    black coming in, and every second picture mirrored. All randomness comes from `random`, a
+    black coming in, and a random half mirrored. All randomness comes from `random`, a
     generator on the CPU, so a seed means the same on every device.
     """
     kinds = list(itertools.product(OPERATIONS, [magnitude], (1, -1)))
@@ -495,8 +500,8 @@ def seeded_generator(*numbers):
 
 
 def channel_statistics(x):
-    """Standard deviation and mean of each channel, (2,1,3,1,1), of uint8 pictures (N,3,H,W)
-    scaled to [0,1]."""
+    """Standard deviation and mean, in that order, of each channel, (2,1,3,1,1), of uint8
+    pictures (N,3,H,W) scaled to [0,1]."""
     return torch.stack(torch.std_mean(x / 255, dim=(0, 2, 3), keepdim=True))
 
 
@@ -527,13 +532,13 @@ def orthogonalise(x, rounds=5):
     """Approximately U V^T of each matrix x = U S V^T (its singular value decomposition) in a
     stack (N,rows,columns), rows <= columns: the same directions, all of nearly the same size.
 
-    The Newton-Schulz iteration of Muon [M] needs matrix products alone. Each round maps every
-    singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. Five rounds take any s from 0.0015 to
-    1 to between 0.67 and 1.21; smaller ones end below 0.68. ([M] chose the numbers to be steep
-    at 0, so that few rounds lift small values; the price is that they end near 1 and not at
-    it.)
+    The Newton-Schulz iteration of Muon [M] needs matrix products alone. As x x^T = U S² U^T, an
+    odd polynomial of x, such as x + (x x^T) x, changes S and leaves U and V. Each round maps every
+    singular value s to 3.4445 s - 4.775 s³ + 2.0315 s⁵. Five rounds take any s from 0.0015 to 1
+    to between 0.67 and 1.21; a smaller one stays smaller. ([M] chose the numbers to be steep at
+    0, so that few rounds lift small values; the price is that they end near 1 and not at it.)
     """
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # no singular value is above 1 now
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)  # sum of all s² is 1: none is above
     for _ in range(rounds):
         # x = 3.4445 x + (-4.775 gram + 2.0315 gram²) x; baddbmm scales, multiplies and adds
         # in one kernel.
@@ -566,22 +571,24 @@ class Muon(torch.optim.Optimizer):
         gradients = [p.grad for p in weights]
         means = [self.state[p]["mean"] for p in weights]
 
-        # The running mean, and Nesterov's momentum: the mean as it would be if this gradient
-        # came once more.
+        # mean = 0.95 mean + 0.05 gradient, and Nesterov's momentum: the mean as it would be if
+        # this gradient came once more. (lerp(a, b, w) is a + w (b - a); with _foreach_, of all
+        # tensors of two lists in one call.)
         torch._foreach_lerp_(means, gradients, 1 - 0.95)
         ahead = torch._foreach_lerp(gradients, means, 0.95)
 
-        # All matrices go into one stack, filled up with zeros, which leave the singular values
-        # as they are: so a step launches as few kernels as for one matrix.
+        # All matrices are written into one stack of zeros, and read from it when it has been
+        # made orthogonal: so a step takes as few calls as one matrix. The zeros around a matrix
+        # leave its singular values as they are.
         shapes = [p.flatten(1).shape for p in weights]
-        height = max(min(shape) for shape in shapes)
-        width = max(max(shape) for shape in shapes)
-        stack = weights[0].new_zeros(len(weights), height, width)
+        short = max(min(shape) for shape in shapes)
+        long = max(max(shape) for shape in shapes)
+        stack = weights[0].new_zeros(len(weights), short, long)
         torch._foreach_copy_(matrices(stack, weights), ahead)
         directions = matrices(orthogonalise(stack), weights)
 
-        # The rows of a tall matrix with orthonormal columns are shorter than 1. This makes up
-        # for it, so that each output changes as much as a square matrix's.
+        # Orthonormal columns give a tall matrix rows of length sqrt(columns / rows) on average.
+        # This brings them to 1, so that each output changes as much as a square matrix's.
         scales = [math.sqrt(max(1, rows / columns)) for rows, columns in shapes]
         changes = torch._foreach_mul(directions, scales)
 
@@ -591,8 +598,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def matrices(stack, weights):
-    """Views of a stack (N,height,width), one for each of the weights, in its shape: the upper
-    left corner of its matrix, in which tall ones lie on their side."""
+    """For each of the weights the upper left corner of its layer of the stack (N,short,long), as
+    a view in the weight's shape. A weight with more rows than columns lies there transposed."""
     views = []
     for matrix, p in zip(stack, weights):
         rows, columns = p.flatten(1).shape
@@ -606,11 +613,12 @@ def make_optimisers(net, weight_decay, name="muon"):
     """Two optimisers: Muon or, if `name` is "adamw", AdamW [1.2.2, 22] for what has two axes
     or more (matrices, filters, learned positions), AdamW for the rest.
 
-    Weight decay shrinks the weights themselves and is not added to the gradient, which for
-    Adam would be another thing: the "L2 regularisation" of the paper [1.2.2]. Gains and biases
-    do not decay: a gain sets a scale, which pulling it to 0 would fight, and a bias adds no
-    capacity to speak of (our choice). Rates are set before each step. `fused` does all that
-    AdamW updates in one kernel.
+    Weight decay, the paper's "L2 regularisation" [1.2.2], shrinks the weights themselves, as in
+    [22]. (Adding it to the gradient would not be the same for Adam, which divides by the
+    gradient's size.) Gains and biases do not decay: a gain sets a scale, which pulling it to 0
+    would fight, and a bias adds no capacity to speak of (our choice). `fused` does all that AdamW
+    updates in one kernel. Before each step both get the same rate, as numbers change by about
+    the rate in either (our choice).
     """
     large = [p for p in net.parameters() if p.ndim > 1]
     small = [p for p in net.parameters() if p.ndim <= 1]
@@ -621,11 +629,12 @@ def make_optimisers(net, weight_decay, name="muon"):
 
 
 def one_cycle(step, steps, peak):
-    """(rate, beta) of update number `step` (from 0) by OneCycle [1.2.2, 34]: the rate goes
-    up to the peak in 30 % of the steps, from 1/25 of it, and down to almost 0 in the rest, by
-    half waves of a cosine, while AdamW's first beta goes the other way, from 0.95 to 0.85 and
-    back. All these are torch's defaults, so our choice; Muon's momentum stays. (It is torch's
-    OneCycleLR for one step more: its last rate, after the last update, is not used.)"""
+    """(rate, beta) of update number `step` (from 0) by OneCycle [1.2.2, 34]: the rate goes up to
+    the peak in 30 % of the steps, from 1/25 of it, and down to almost 0 in the rest, by half
+    waves of a cosine, while AdamW's first beta goes the other way, from 0.95 to 0.85 and back.
+    Muon's momentum stays. The paper gives none of these numbers; they are torch's defaults (our
+    choice). This equals torch's OneCycleLR with total_steps = steps + 1, whose last rate no
+    update would use."""
     top = 0.3 * (steps + 1) - 1
     if step < top:
         low = peak / 25
@@ -642,8 +651,8 @@ def one_cycle(step, steps, peak):
 
 
 def setting(default, help, *allowed):
-    """A field of Settings: its default, what --help says, and what is allowed: for numbers
-    the least and the greatest, for texts the words; nothing: any."""
+    """A field of Settings: its default, what --help says, and what is allowed: the least and the
+    greatest number, or the words; without any, anything."""
     return dataclasses.field(default=default, metadata=dict(help=help, allowed=allowed))
 
 
@@ -653,28 +662,29 @@ class Settings:
     Raises UserError for a value that its field does not allow.
 
     The paper's optimal values are "in the provided implementation" [1.2.2], which is not
-    public. So all numbers but layers and batch are our choice. What decided a number is in
-    .github/experiments.md. `recipe` and data="shapes" change the defaults of other fields: see
-    choose_settings.
+    public. So all numbers but layers, batch and the limit of steps are our choice. What decided
+    a number is in .github/experiments.md. `recipe` and data="shapes" change the defaults of other
+    fields: see choose_settings, which alone does that.
     """
 
     # Where pictures come from and results go to
     data: str = setting("data", "folder of the data set, downloaded if none; or: shapes")
     out: str = setting(f"runs/classifier-{DATASET.__name__.lower()}", "folder to write to")
-    holdout: int = setting(0, "training pictures to validate on; 0: the test set", 0, 25_000)
+    holdout: int = setting(0, "training pictures to validate on; 0: the test set", 0, 5000)
     weights: str = setting("", "file of weights to use; empty: weights.pt of the run")
     restart: bool = setting(False, "begin anew, over the run in the folder")
 
-    # Where it runs. A device changes how numbers are rounded, and no more.
+    # Where it runs, which changes how numbers are rounded, and how often it reports
     device: str = setting("auto", "auto: a GPU where there is one", "auto", "cpu")
     compile: str = setting("auto", "torch.compile; auto: on CUDA", "auto", "on", "off")
-    precision: str = setting("auto", "of matrix products", "auto", "float32", "bfloat16", "float16")
+    precision: str = setting("auto", "for matrices", "auto", "float32", "bfloat16", "float16")
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
     eval_every: int = setting(500, "steps between validations; each saves", 1, MAX_STEPS)
 
     # How it is trained. The batch is the paper's, "as a proxy for increasing the number of
-    # training epochs" [1.2.2]: 205 here. The more often a picture comes back, the more decay
-    # and augmentation it should meet: with 128 per step, one operation of magnitude 2 is better.
+    # training epochs" [1.2.2]: here each picture is seen 205 times. The more often it comes back,
+    # the more decay and augmentation it should meet: with 128 per step, one operation of
+    # magnitude 2 is better.
     seed: int = setting(0, "decides weights, order, augmentation", 0, 2**31)
     steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
     batch_size: int = setting(1024, "pictures per step", 1, 10_000)
@@ -690,22 +700,23 @@ class Settings:
     activation: str = setting("silu", "function in all layers", "silu", "gelu", "relu")
     layers: int = setting(4, "how often the encoder layer is applied", 0, 6)
     tied: str = setting("on", "one encoder layer, each time", "on", "off")
-    positions: str = setting("fourier", "of the tokens", "fourier", "learned", "none")
+    positions: str = setting("fourier", "position code of the tokens", "fourier", "learned", "none")
     downsample: str = setting("max-pool", "how to shrink", "max-pool", "strided")
     width: int = setting(0, "channels D; 0: as many as the budget allows", 0, 512)
 
-    # Beyond the paper: each gains 1.0 to 1.5 points (the head makes room for the gate).
-    stem: str = setting("residual", "of the last two convolutions", "residual", "plain")
-    gate: str = setting("local", "with 3x3 filters in the MLP", "local", "plain")
+    # Beyond the paper: with 128 pictures per step each gained 1.0 to 1.5 points (the head makes
+    # room for the gate).
+    stem: str = setting("residual", "x + f(x) in the last two convolutions", "residual", "plain")
+    gate: str = setting("local", "3x3 filters in the gate of the MLP", "local", "plain")
     head: str = setting("single", "linear layers at the end", "single", "pair")
-    optimiser: str = setting("muon", "of matrices and filters", "muon", "adamw")
+    optimiser: str = setting("muon", "optimiser of matrices and filters", "muon", "adamw")
     recipe: str = setting("ours", "paper: its network, AdamW", "ours", "paper")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
         if self.width % 4 != 0:
-            raise UserError(f"--width {self.width} is not a multiple of 4")
+            raise UserError("--width is not a multiple of 4")
 
 
 # --------------------------------------------------------------------------------------
@@ -743,12 +754,12 @@ def train(settings):
 
     # A run that was stopped goes on.
     path = out / "checkpoint.pt"
-    seen = modified(path)
+    written = modified(path)
     made = describe(settings, names)
     parts = dict(net=net, large=optimisers[0], small=optimisers[1], scaler=scaler)
     first = 0
     rows = []  # of the log
-    if seen and not settings.restart:
+    if written and not settings.restart:
         first, rows = resume(path, made, parts)
     step = first
 
@@ -756,7 +767,7 @@ def train(settings):
     count = count_parameters(net)
     stages = {name: count_parameters(stage) for name, stage in net.named_children()}
     print(f"{count:,} parameters: {stages}")
-    assert count < MAX_PARAMETERS, f"{count} parameters are too many"
+    assert count < MAX_PARAMETERS, "too many parameters"
 
     losses = []  # since the last row of the log
     clock = time.perf_counter()
@@ -793,9 +804,9 @@ def train(settings):
             # Loss: section 3.
             loss = F.cross_entropy(logits, y, label_smoothing=settings.label_smoothing)
 
-            # The gradient; all of it is scaled down if its norm is above 1 [1.2.2]. (Muon's
-            # step is of one size whatever the gradient's. There it bounds how much one batch
-            # weighs in the running mean.)
+            # The gradient, clipped [1.2.2] to norm 1 (our choice). Muon's step is of one size
+            # whatever the gradient's; there clipping bounds how much one batch weighs in the
+            # running mean. (The scaler's lines count in fp16.)
             net.zero_grad()
             scaler.scale(loss).backward()
             for optimiser in optimisers:
@@ -806,14 +817,14 @@ def train(settings):
             # lowers the scale.)
             rate, beta = one_cycle(step, settings.steps, settings.max_lr)
             for optimiser in optimisers:
-                optimiser.param_groups[0].update(lr=rate, betas=(beta, 0.999))
+                optimiser.param_groups[0].update(lr=rate, betas=(beta, 0.999))  # for AdamW
                 scaler.step(optimiser)
             scaler.update()
             step += 1
 
-            # That was the algorithm; it reads no number back from a GPU (but for fp16 with
-            # Muon). Reading one waits for all that was launched, so the rest happens only now
-            # and then.
+            # That was the algorithm. It never copies a number from a GPU (but for fp16, where the
+            # scaler asks whether Muon's gradients overflowed): a copy would wait until the GPU
+            # has done all its work. So the rest happens only now and then.
             losses.append(loss.detach())
             stopping = len(stop) > 0
             validating = step % settings.eval_every == 0 or step == settings.steps
@@ -824,7 +835,7 @@ def train(settings):
                 show_row(row)
                 rows.append(row)
                 if validating or stopping:
-                    seen = save_checkpoint(path, seen, made, parts, rows)
+                    written = save_checkpoint(path, written, made, parts, rows)
                     save_log(out, rows)
                 if validating:
                     save_weights(out / "weights.pt", made, net, statistics, row["val_acc"])
@@ -844,7 +855,7 @@ def train(settings):
 
 
 def six_views(x):
-    """A list of six versions of pictures x, each (B,3,H,W) again: as they are, shifted by
+    """A list of six versions of pictures x, each (B,3,32,32) again: as they are, shifted by
     one pixel down and right, shifted by one up and left, with black coming in as in training;
     and the mirror image of each of these."""
     padded = F.pad(x, (1, 1, 1, 1))
@@ -856,7 +867,7 @@ def six_views(x):
 
 
 def predict_logits(net, x, statistics, precision="auto", tta=False):
-    """Logits (B,classes) of `net` for pictures x, uint8 (B,3,H,W); with `tta` their mean over
+    """Logits (B,classes) of `net` for pictures x, uint8 (B,3,32,32); with `tta` their mean over
     six views of each picture; `statistics` as normalise takes them.
 
     That is test-time augmentation, which is ours. Max-pooling cuts every picture into the same
@@ -873,10 +884,10 @@ def predict_logits(net, x, statistics, precision="auto", tta=False):
 def evaluate(net, x, y, statistics, precision="auto", tta=False):
     """(loss, accuracy, spread) of `net` on pictures x, uint8 (N,3,32,32), with labels y (N,):
     mean cross-entropy in nats, share of right answers (0 to 1), and its standard deviation over
-    batches of 1,000 pictures. The rest as predict_logits. Leaves `net` in evaluation
-    mode.
+    batches of 1,000 pictures (0 if there is one). Other arguments are predict_logits's. Leaves
+    `net` in evaluation mode.
 
-    The paper's ± (0.014 and 0.011) is about what batches of 1,024 give: sqrt(0.62 * 0.38 /
+    The paper's ± (0.014 and 0.011) is of the size that batches of 1,024 give: sqrt(0.62 * 0.38 /
     1024) is 0.015.
     """
     net.eval()
@@ -890,8 +901,8 @@ def evaluate(net, x, y, statistics, precision="auto", tta=False):
 
 
 def validate(net, data, statistics, precision):
-    """The figures of the paper's Figure 2, for one row of the log: accuracy (0 to 1) on the
-    validation pictures, and on as many training pictures; and the loss (nats)."""
+    """For one row of the log: accuracy (0 to 1) on the validation pictures and on as many training
+    pictures, the curves of the paper's Figure 2, and the validation loss (nats)."""
     train_x, train_y, val_x, val_y, _ = data
     count = len(val_y)
     _, train_acc, _ = evaluate(net, train_x[:count], train_y[:count], statistics, precision)
@@ -923,11 +934,11 @@ def report(net, data, statistics, settings):
 
 
 def eval_mode(net, names, statistics, settings):
-    """Measure a network again; with --holdout 0 on the test set, where it was validated on a
-    hold-out. Returns its accuracy on the validation pictures."""
+    """Measure a trained network again. If it was validated on a hold-out, --holdout 0 measures it
+    on the test set. Returns its accuracy."""
     data = load_data(settings.data, settings.holdout, statistics.device)
     if data[-1] != names:
-        raise UserError(f"--data {settings.data}: the network was made for other classes")
+        raise UserError("--data: the network was made for other classes")
     return report(net, data, statistics, settings)
 
 
@@ -944,12 +955,12 @@ def open_picture(path):
 
 
 @torch.no_grad()
-def predict_mode(net, names, statistics, settings, words):
+def predict_mode(net, names, statistics, settings, paths):
     """Print the five likeliest classes of each picture file, or of those in a folder, with
     their probabilities, from six views of it. The network knows its own classes only, and no
     "none of these". Raises UserError at the end if a file could not be read."""
     files = []
-    for path in map(Path, words):
+    for path in map(Path, paths):
         files += sorted(path.iterdir()) if path.is_dir() else [path]
     failed = False
     for path in files:
@@ -980,7 +991,8 @@ def predict_mode(net, names, statistics, settings, words):
 def lr_find_mode(settings):
     """Range test [1.2.2, 33]: raise the rate, exponentially (our choice), from 1e-5 to 1, over
     settings.steps but at most 200 steps, watch the loss, draw it, and propose a peak for
-    OneCycle. Returns that rate. Touches no checkpoint. Raises as train does."""
+    OneCycle. Returns that rate. Touches no checkpoint. Raises as train does, but goes on where the
+    loss is not finite."""
     device = set_up(settings)
     out = make_folder(settings)
     train_x, train_y, _, _, names = load_data(settings.data, settings.holdout, device)
@@ -988,15 +1000,13 @@ def lr_find_mode(settings):
     net = build_network(settings, len(names)).to(device)
     optimisers = make_optimisers(net, settings.weight_decay, settings.optimiser)
     random = seeded_generator(settings.seed)
-    epoch_x = augment(
-        train_x, random, settings.randaugment_ops, settings.randaugment_magnitude
-    )
+    epoch_x = augment(train_x, random, settings.randaugment_ops, settings.randaugment_magnitude)
     powers = np.linspace(-5, 0, min(settings.steps, 200)).tolist()  # log10 of the rate
-    smooth = 0.0
-    curve = []
+    curve = [math.log(len(names))]  # the loss of a network that knows nothing
 
-    for step, power in enumerate(powers, start=1):
-        # The update that train makes, in fp32, on pictures drawn at random.
+    for power in powers:
+        # The update of train, but in fp32, with one beta, and on pictures drawn from one
+        # augmented epoch.
         chosen = torch.randint(len(train_y), (settings.batch_size,), generator=random).to(device)
         logits = net(normalise(epoch_x[chosen], statistics))
         loss = F.cross_entropy(logits, train_y[chosen], label_smoothing=settings.label_smoothing)
@@ -1007,15 +1017,15 @@ def lr_find_mode(settings):
             optimiser.param_groups[0].update(lr=10**power)
             optimiser.step()
 
-        # A running mean, divided by the sum of its weights so far.
-        smooth = 0.9 * smooth + 0.1 * loss.item()
-        curve.append(smooth / (1 - 0.9**step))
+        # A running mean
+        curve.append(0.9 * curve[-1] + 0.1 * loss.item())
         print(f"rate {10**power:.1e}  loss {curve[-1]:.4f}", flush=True)
 
     # OneCycle stays near its peak for long, so keep clear of the rate at which the loss turns
     # up: a third of it (our choice). What is above the first loss is not drawn.
-    peak = 10 ** powers[np.argmin(curve)] / 3
-    shown = np.minimum(curve, curve[0]).tolist()
+    curve = curve[1:]
+    peak = 10 ** powers[np.nanargmin(curve)] / 3
+    shown = np.fmin(curve, curve[0]).tolist()
     plot(out / "lr_find.png", dict(power=powers, loss=shown))
     print(f"proposed: --max-lr {peak:.1e}, a third of the rate of least loss")
     return peak
@@ -1027,8 +1037,8 @@ def lr_find_mode(settings):
 
 
 def new_row(step, settings, losses, rate, clock):
-    """A row of the log after `step` updates: the mean of the losses (list of 0-d tensors) and
-    the speed since the last row, which was when time.perf_counter() gave `clock`."""
+    """A row of the log after `step` updates: the mean of the losses since the last row (list of
+    0-d tensors), and the speed. `clock` is time.perf_counter() at the last row."""
     loss = torch.stack(losses).mean().item()  # a GPU has done all its work when this is here
     seconds = time.perf_counter() - clock
     per_step = seconds / len(losses)
@@ -1162,13 +1172,14 @@ def check_same(made, asked):
             )
 
 
-def save_checkpoint(path, seen, made, parts, rows):
+def save_checkpoint(path, written, made, parts, rows):
     """Write all that a run needs to go on: the states of its `parts` and the log, whose last
     row tells the step. Order and augmentation of the pictures follow from that and the seed.
 
-    Returns when it was written. Raises UserError if another run has written it since `seen`.
+    `written` is when this run last wrote or found it; returns when it did now. Raises UserError
+    if another run has written it since.
     """
-    if modified(path) != seen:
+    if modified(path) != written:
         raise UserError(f"another run writes to {path}: give this one another --out")
     states = {name: part.state_dict() for name, part in parts.items()}
     save_whole(dict(states, made=made, rows=rows), path)
@@ -1236,7 +1247,7 @@ def open_network(**given):
     """(network in evaluation mode, class names, statistics as normalise takes them, Settings):
     from the file that `weights` names, or from what training wrote into `out`.
 
-    What is not `given` is as it was in training, but for where to compute. Needs no data set.
+    Of what is not `given`, LEARNING comes from the file, the rest are defaults. Needs no data set.
     Raises UserError if there is no such file or it can't be used.
     """
     asked = choose_settings(**given)
@@ -1297,7 +1308,7 @@ def choose_precision(device, name="auto"):
 
 def autocast(device, precision="auto"):
     """A context in which matrix products and convolutions are computed in the dtype that
-    choose_precision gives. Weights stay fp32."""
+    choose_precision gives. What lies between them keeps its input's; weights stay fp32."""
     dtype = choose_precision(device, precision)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -1414,8 +1425,9 @@ PAPER = dict(stem="plain", gate="plain", head="pair", optimiser="adamw")
 
 
 def choose_settings(**given):
-    """Settings from those `given`. For the rest, in this order: the defaults
-    for data="shapes", what recipe="paper" sets, the defaults. Raises UserError as Settings does."""
+    """Settings from those `given`. For the rest the first of these that has a value: the
+    defaults for data="shapes", what recipe="paper" sets, the defaults. Raises UserError as
+    Settings does."""
     paper = PAPER if given.get("recipe") == "paper" else {}
     shapes = SHAPES if given.get("data") == "shapes" else {}
     return Settings(**{**paper, **shapes, **given})
@@ -1424,7 +1436,7 @@ def choose_settings(**given):
 def check_value(field, value):
     """Raises UserError if a field of Settings may not have this value."""
     allowed = field.metadata["allowed"]
-    fits = isinstance(value, (int, field.type))
+    fits = isinstance(value, (int, float) if field.type is float else field.type)
     if fits and allowed:
         low, *_, high = allowed
         fits = value in allowed if field.type is str else low <= value <= high
@@ -1449,8 +1461,8 @@ def parse(argv):
         kind = dict(type=field.type)
         if field.type is bool:
             kind = dict(action="store_true")
-        text = f"{field.metadata['help']}; default {field.default!r}"
-        parser.add_argument(flag, help=text, **kind)
+        help = f"{field.metadata['help']}; default {field.default!r}"
+        parser.add_argument(flag, help=help, **kind)
     given = vars(parser.parse_intermixed_args(argv))
     return given.pop("words", []), given
 

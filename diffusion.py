@@ -19,8 +19,12 @@ it stopped, and --restart begins anew. The other modes read that run's weights.p
 Result of the first command, in some ten minutes on an H200: a velocity loss of 0.1115 on test
 pictures, where a network that always says zero has 0.645. README.md has its log and pictures.
 
-The network sees a noised picture and predicts the velocity v, from which both the picture and
-the noise follow. It has 960,755 parameters; a, b, c = 48, 96, 144 channels:
+Training mixes a picture with noise, and lets the network predict the velocity v, from which
+both the picture and the noise follow. Sampling starts from noise alone; at each step the
+network guesses the picture, which is then mixed with noise again, a little less each time.
+
+The network has 960,755 parameters; a, b, c = 48, 96, 144 channels. Both vertical lines on the
+right are the embedding's way to its injections, the other two are skips:
 
     noised picture (B,3,32,32) --conv--> (B,a,32,32)       log-SNR, class --> embedding (B,E)
     inject 1: + embedding, regular convolution    (B,a,32,32) <---------------------'  |
@@ -33,25 +37,28 @@ the noise follow. It has 960,755 parameters; a, b, c = 48, 96, 144 channels:
     1x1, double, +, 2 blocks                      (B,a,32,32) <-------------------'
     norm, SiLU, conv                              (B,3,32,32) = v
 
-Two things go beyond the paper: the embedding also scales and shifts the channels in every
-block, and training sees slightly cleaner pictures than the schedule says. `--recipe paper`
-takes both back, and samples as the paper does.
+Three things differ from the paper: the embedding also scales and shifts the channels in every
+block, training sees slightly cleaner pictures than the schedule says, and sampling has other
+defaults. `--recipe paper` undoes all three, and widens the network to 56, 112, 168 channels.
 
 Sections 1 to 9 are the story. To understand the model read 1 (layers and U-Net), to understand
 diffusion 3 (noise), 4 (objective), 6 (training) and 8 (guidance and sampler). What follows the
 double line supports the story.
 
-Shapes in comments: B pictures, C channels, H x W pixels, E width of the embedding.
+Shapes in comments: B pictures, C channels, H x W pixels, E width of the embedding, N pictures
+of a set, P pairs.
 Symbols: x       a picture in [-1,1]
-         t       the time in [0,1]: 0 is clean, 1 is pure noise
+         noise   the paper's epsilon
+         t       the time in [0,1]: 0 is nearly clean, 1 is nearly pure noise
          x_t     a noised picture, x_noised in the paper
          log_snr how clean x_t is, the paper's lambda: about 20 is clean, -20 is noise
          alpha   scale of the picture in x_t (not DDPM's alpha_t, which is a ratio)
          sigma   scale of the noise in x_t; alpha² + sigma² = 1
          v       the velocity
+         pred_   before a name: the network's guess of it (x_hat and so on in formulas)
 
 Tags like [2.2] name a section of the paper: 2.1 Strategy, 2.2 Methodology, 2.3 Discussion,
-2.4 Results, 2.5 Limitations; (1) to (4) are its equations. `our choice` marks what it leaves
+2.4 Results, 2.5 Limitations; Eq. (1) to (4) are its equations. `our choice` marks what it leaves
 open. Numbers without a dot are its references:
 
     [3]  Crowson's Colab (2024), from which the paper's code was adapted
@@ -129,10 +136,10 @@ def regular_conv(c_in, c_out):
 def sinusoidal_embedding(log_snr, width=64):
     """Sines and cosines of the noise level [42]: (B,) -> (B,width).
 
-    [2.2] says "timestep embeddings"; what Eq. (4) gives the network is lambda, the log-SNR.
-    So the network knows nothing of the schedule, and can be sampled on another one.
+    [2.2] says "timestep embeddings", but in Eq. (4) the network gets lambda, the log-SNR. So it
+    does not depend on the schedule, and can be sampled on another one.
 
-    log_snr lies between -20 and 20. Wavelengths go from 3 to 300 (our choice): the long ones
+    log_snr lies between about -20 and 21. Wavelengths go from 3 to 300 (our choice): the long ones
     order all levels, the short ones tell neighbours apart.
     """
     low, high = math.log10(0.02), math.log10(2)
@@ -144,8 +151,8 @@ def sinusoidal_embedding(log_snr, width=64):
 class ResidualBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x)))))): (B,C,H,W) -> (B,C,H,W).
 
-    GroupNorm, not BatchNorm: a batch mixes noise levels, whose statistics have nothing in
-    common. This form of block, SiLU, and 8 groups, so that C is a multiple of 8, are our
+    GroupNorm takes its statistics from one picture; BatchNorm's would mix pictures of different
+    noise levels. This form of block, SiLU, and 8 groups, so that C is a multiple of 8, are our
     choice.
 
     With `e_width`, an embedding (B,e_width) scales and shifts the channels after the second
@@ -166,7 +173,7 @@ class ResidualBlock(nn.Module):
         if self.modulate is not None:
             # scale and shift, each (B,C,1,1)
             scale, shift = self.modulate(embedding)[:, :, None, None].chunk(2, dim=1)
-            h = h * (1 + scale) + shift
+            h = h * (1 + scale) + shift  # zeros change nothing
         return x + self.conv2(F.silu(h))
 
 
@@ -186,10 +193,11 @@ class Stage(nn.Sequential):
 class Attention(nn.Module):
     """Self-attention among all positions of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
 
-    The abstract speaks of transformer layers, which would have an MLP too; that we follow
-    [2.2] is our choice. So are C / 64 heads, rounded, one group in the norm, and zeros in
+    [2.2] speaks of self-attention, the abstract of transformer layers, which have an MLP too.
+    Attention alone is our choice. So are C / 64 heads, rounded, one group in the norm, and zeros in
     the last layer, so that it starts as the identity.
-    No positions are added: the zeros that convolutions pad with show where the border is.
+    No positions are added: convolutions pad with zeros, so the channels already tell where the
+    border is.
     """
 
     def __init__(self, channels):
@@ -221,10 +229,11 @@ class Injection(nn.Module):
     """Adds the embedding of noise level and class [2.2], then convolves: (B,C,H,W), (B,E) ->
     (B,C,H,W).
 
-    The embedding goes into the branch only; x passes by unchanged, as in any residual block
-    (our choice, as are norm, activation and the two places in the network). The convolution
-    is a regular one: a separable one looks at each channel by itself before it mixes them,
-    and the paper blames wave-like artefacts on that [2.3]. `conv` takes either.
+    The embedding is added to the input of norm and convolution only, and their result to x, as
+    in any residual block (our choice, as are norm, activation and the two places in the
+    network). The convolution is a regular one: a separable one looks at each channel by itself
+    before it mixes them, and the paper blames wave-like artefacts on that [2.3]. `conv` takes
+    either.
     """
 
     def __init__(self, e_width, channels, conv):
@@ -282,8 +291,8 @@ class UNet(nn.Module):
         self.inject2 = Injection(e_width, c, conv)
         self.middle = Stage(block(c), Attention(c), block(c))
 
-        # Up: 8x8 -> 16x16 -> 32x32. As skips are added and not concatenated, as they are in
-        # [28], the 1x1 convolution can work before doubling, on a quarter of the positions.
+        # Up: 8x8 -> 16x16 -> 32x32. [28] concatenates skips; here they are added. So the 1x1
+        # convolution needs x alone and can work before doubling, on a quarter of the positions.
         self.join2 = nn.Conv2d(c, b, 1)
         self.up2 = Stage(block(b), block(b))
         self.join1 = nn.Conv2d(b, a, 1)
@@ -306,7 +315,7 @@ class UNet(nn.Module):
 
     def forward(self, x, log_snr, labels):
         e = self.embed_log_snr(sinusoidal_embedding(log_snr)) + self.embed(labels)
-        e = F.silu(e)  # (B,E)
+        e = F.silu(e)  # (B,E); what takes it in is linear, so the nonlinearity comes here
 
         # Down
         x = self.inject1(self.stem(x), e)
@@ -324,8 +333,8 @@ class UNet(nn.Module):
         x = F.interpolate(self.join1(x), scale_factor=2) + skip1
         x = self.up1(x, e)  # (B,a,32,32)
 
-        # The last layers are in fp32 where the others are in bf16, because guidance
-        # amplifies rounding errors.
+        # The last layers are in fp32 even where training and sampling compute the others in
+        # bf16, because guidance multiplies rounding errors.
         with torch.autocast(x.device.type, enabled=False):
             return self.out(x.float())  # (B,3,32,32)
 
@@ -360,7 +369,7 @@ def load_cifar(folder):
     missing = not (folder / DATASET.base_folder).exists()
     parts = []
     advice = f"get {DATASET.url}, unpack it there; or do without: --data shapes"
-    with using(f"{DATASET.__name__} in {folder}", advice):
+    with using(f"{DATASET.__name__} in {folder}", advice):  # any failure becomes one line
         for train in (True, False):
             part = DATASET(folder, train, download=missing)
             x = torch.from_numpy(part.data).permute(0, 3, 1, 2)
@@ -369,16 +378,16 @@ def load_cifar(folder):
 
 
 def load_data(source, device="cpu", expected=None):
-    """What load_cifar returns, on the device: of `source`, the folder of the data set, or of
-    drawn shapes, if it is "shapes". Raises UserError as load_cifar, and if the classes are
-    not the `expected` ones."""
+    """As load_cifar, on the device. `source` is the folder, or "shapes" for drawn shapes. Raises
+    UserError as load_cifar, and if the classes are not the `expected` ones."""
     if source == "shapes":
-        train_x, train_y, _ = draw_shapes(10_000, seed=1)
-        *parts, names = train_x, train_y, *draw_shapes(1_000, seed=2)
+        train_x, train_y, names = draw_shapes(10_000, seed=1)
+        test_x, test_y, _ = draw_shapes(1_000, seed=2)
+        parts = [train_x, train_y, test_x, test_y]
     else:
         *parts, names = load_cifar(source)
     if expected and names != expected:
-        raise UserError(f"--data {source}: the network was made for other classes")
+        raise UserError("--data: the network was made for other classes")
     return *[part.to(device) for part in parts], names
 
 
@@ -417,36 +426,35 @@ def seeded_generator(device, *numbers):
 
 
 def cosine_schedule(t):
-    """lambda = -2 log tan(a t + b) [2.2, 24], from 20 at t = 0 to -20 at t = 1; t any shape.
+    """alpha = cos(a t + b) and sigma = sin(a t + b), so lambda = -2 log tan(a t + b) [2.2, 24],
+    from 20 at t = 0 to -20 at t = 1; t any shape.
 
-    b = atan(e^-10) and a = atan(e^10) - b cut off the infinite ends, as in [12] (our
-    choice).
+    b = atan(e^-10) and a = pi/2 - 2b cut off the infinite ends, as in [12] (our choice).
     """
     b = math.atan(math.exp(-10))
     a = math.pi / 2 - 2 * b
 
-    # tan(x) = sin(x) / sin(pi/2 - x), and as a + 2b = pi/2,
-    #     pi/2 - (a t + b) = a (1 - t) + b.
+    # With phi = a t + b, tan(phi) = sin(phi) / sin(pi/2 - phi), and as a + 2b = pi/2,
+    #     pi/2 - phi = a (1 - t) + b.
     # Two sines are accurate in fp32 near t = 1 too, where the tangent is not.
     return 2 * (torch.sin(a * (1 - t) + b).log() - torch.sin(a * t + b).log())
 
 
 def linear_schedule(t):
-    """lambda = -log(e^(1e-4 + 10 t²) - 1), from 9.2 at t = 0 to -10 at t = 1; t any shape.
-    This is close to DDPM's linear betas in continuous time [11, 20], and Crowson's code [3]
-    had it [2.3]."""
+    """alpha² = e^-(1e-4 + 10 t²), so lambda = -log(e^(1e-4 + 10 t²) - 1), from 9.2 at t = 0 to
+    -10 at t = 1; t any shape. This is close to DDPM's linear betas in continuous time [11, 20],
+    and Crowson's code [3] had it [2.3]."""
     return -torch.log(torch.expm1(1e-4 + 10 * t**2))
 
 
 def spliced_schedule(t):
-    """Cosine first, then linear [2.3, 4]; t any shape.
+    """Cosine first, then linear [2.3, 4], from 20 at t = 0 to -10 at t = 1; t any shape.
 
-    At t = 0.80074257 the cosine schedule has the value (-2.256) and very nearly the slope
-    per t of the linear one at 0.48536712; both constants are Crowson's [4]. So the two are
-    joined there, and t is stretched such that it still goes from 0 to 1: the joint lies at
-    t = 0.609. Value and slope agree to 2 parts in 10,000 and not better, as the constants
-    are for a cosine whose infinite ends are not cut off.
+    Cosine at 0.80074257 and linear at 0.48536712 have nearly the same value, -2.256, and the same
+    slope; both constants are Crowson's [4], for a cosine with infinite ends. There the two are
+    joined, at t = 0.609. Here value and slope agree to 2 parts in 10,000.
     """
+    # u is the cosine's own time, and u - shift the linear one's.
     shift = 0.80074257 - 0.48536712
     u = (1 + shift) * t
 
@@ -461,8 +469,9 @@ SCHEDULES = dict(cosine=cosine_schedule, linear=linear_schedule, spliced=spliced
 
 
 def to_alpha_sigma(log_snr):
-    """alpha = sqrt(sigmoid(lambda)) and sigma = sqrt(sigmoid(-lambda)), shaped to scale
-    pictures: (B,) -> two of (B,1,1,1)."""
+    """alpha = sqrt(sigmoid(lambda)) and sigma = sqrt(sigmoid(-lambda)), which solve
+    alpha² / sigma² = e^lambda and alpha² + sigma² = 1, shaped to scale pictures: (B,) -> two of
+    (B,1,1,1)."""
     log_snr = log_snr.view(-1, 1, 1, 1)
     return torch.sigmoid(log_snr).sqrt(), torch.sigmoid(-log_snr).sqrt()
 
@@ -471,12 +480,13 @@ def velocity(x, noise, alpha, sigma):
     """v = alpha * noise - sigma * x: Eq. (1) [30].
 
     Pictures (B,3,H,W); alpha and sigma (B,1,1,1) or numbers, here and in the next two. As
-    alpha² + sigma² = 1, they are cos(phi) and sin(phi) of an angle phi, x_t moves on a circle
-    from x to noise, and v is its velocity, d x_t / d phi.
+    alpha² + sigma² = 1, they are cos(phi) and sin(phi) of an angle phi. As it goes from 0 to
+    pi/2, x_t = cos(phi) x + sin(phi) noise goes from x to noise, and v = d x_t / d phi is its
+    velocity.
 
-    Why v and not the noise: where all is noise, a guess of the noise does not tell the
-    picture; where all is clean, a guess of the picture does not tell the noise. v tells both
-    at every level: see split.
+    From a guess of the noise the picture would be (x_t - sigma noise) / alpha, of no use where
+    alpha is near 0; from a guess of the picture the noise would be (x_t - alpha x) / sigma, of no
+    use where sigma is near 0. With v nothing is divided: see split.
     """
     return alpha * noise - sigma * x
 
@@ -487,8 +497,8 @@ def add_noise(x, noise, alpha, sigma):
 
 
 def split(x_t, v, alpha, sigma):
-    """(x, noise) that make up x_t if v is its velocity: Eq. (1) and (2) solved for both.
-    They turn (x, noise) by phi, and this turns (x_t, v) back."""
+    """(x, noise) that make up x_t if v is its velocity: Eq. (1) and (2) solved for both. From
+    (x, noise) to (x_t, v) is a rotation by phi; this is the rotation back."""
     pred_x0 = alpha * x_t - sigma * v
     pred_noise = sigma * x_t + alpha * v
     return pred_x0, pred_noise
@@ -497,9 +507,9 @@ def split(x_t, v, alpha, sigma):
 # --------------------------------------------------------------------------------------
 # 4. Objective and optimiser
 # --------------------------------------------------------------------------------------
-# The objective is the mean of |v - v_hat|², Eq. (3), one line of the training loop. The
-# network's v_hat stands for a picture and a noise too, x_hat and noise_hat, by `split`.
-# So, with the same x_t,
+# The objective is |v - v_hat|², Eq. (3), with the mean over pixels in place of the sum: one line
+# of the training loop. `split` turns the network's v_hat into x_hat and noise_hat. So, with the
+# same x_t,
 #
 #     x - x_hat = -sigma (v - v_hat)      and      noise - noise_hat = alpha (v - v_hat),
 #
@@ -513,9 +523,9 @@ def split(x_t, v, alpha, sigma):
 
 
 def learning_rate(step, steps, peak, warm_up=500):
-    """Rate of update number `step` (from 0): a cosine from `peak` to 0 over all `steps`,
-    times a ramp up to 1 over the first `warm_up`, or over about a tenth of the steps if that is
-    less (our choice). When the ramp ends, the rate is just below the peak."""
+    """Rate of update number `step` (from 0): a cosine from `peak` to 0 over all `steps`, times
+    a ramp from 0 to 1 over the first `warm_up`, or about a tenth of all if that is less (our
+    choice)."""
     warm_up = min(warm_up, 1 + steps // 10)
     ramp = min(1, (step + 1) / warm_up)
     return peak * ramp * (0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -526,11 +536,13 @@ def update_ema(ema_net, net, decay, step):
     """ema_net += (1 - decay) (net - ema_net), weight by weight [2.2, 11, 24], after update
     number `step` (from 0).
 
-    The average leaves out the jitter of the last steps, which counts while the rate is high.
-    The decay is our choice, and so is its warm-up, at most (1 + step) / (10 + step), so that
-    the average forgets the random start.
+    Averaging smooths the jitter of single steps; that helps most while the rate is high. The
+    decay is our choice, and so is its warm-up, at most (1 + step) / (10 + step), so that the
+    average forgets the random start.
     """
     decay = min(decay, (1 + step) / (10 + step))
+
+    # lerp(a, b, w) is a + w (b - a); with _foreach_, of all tensors of two lists in one call.
     torch._foreach_lerp_(list(ema_net.parameters()), list(net.parameters()), 1 - decay)
 
 
@@ -540,8 +552,8 @@ def update_ema(ema_net, net, decay, step):
 
 
 def setting(default, help, *allowed):
-    """A field of Settings: its default, what --help says, and what is allowed: for numbers
-    the least and the greatest, for texts the words; nothing: any."""
+    """A field of Settings: its default, what --help says, and what is allowed: the least and the
+    greatest number, or the words; without any, anything."""
     return dataclasses.field(default=default, metadata=dict(help=help, allowed=allowed))
 
 
@@ -550,10 +562,11 @@ class Settings:
     """All settings; each is a flag of the command line too, `batch_size` as --batch-size.
     Raises UserError for a value that its field does not allow.
 
-    Numbers that the paper doesn't name are our choice, and so are the optimiser, mirroring,
-    clipping of the gradient and the course of the rate, of which it says nothing. What
+    The paper does not name the optimiser, mirroring, clipping of the gradient or the course of
+    the learning rate: those are our choice, as is every number that it does not give. What
     decided a number is in .github/experiments.md. `recipe` and data="shapes" change the
-    defaults of other fields: see choose_settings.
+    defaults of other fields: see choose_settings, which alone does that. Those of sampling are
+    explained in section 8.
     """
 
     # Where pictures come from and results go to
@@ -562,16 +575,17 @@ class Settings:
     weights: str = setting("", "file of weights to draw with; empty: weights.pt of the run")
     restart: bool = setting(False, "begin anew, over the run in the folder")
 
-    # Where it runs. Each kind of device has its own rounding and its own random numbers.
+    # Where it runs (each kind of device has its own rounding and random numbers), and how often
+    # it reports
     device: str = setting("auto", "auto: a GPU where there is one", "auto", "cpu")
     compile: str = setting("auto", "torch.compile; auto: on CUDA", "auto", "on", "off")
-    precision: str = setting("auto", "of matrix products", "auto", "float32", "bfloat16", "float16")
+    precision: str = setting("auto", "for matrices", "auto", "float32", "bfloat16", "float16")
     log_every: int = setting(50, "steps between lines of progress", 1, MAX_STEPS)
     eval_every: int = setting(1000, "steps between validations; each saves", 1, MAX_STEPS)
     grid_every: int = setting(5000, "steps between grids of samples", 1, MAX_STEPS)
 
     # How it is trained
-    seed: int = setting(0, "decides weights, order of pictures, noise", 0, 2**31)
+    seed: int = setting(0, "decides all that is random in training", 0, 2**31)
     steps: int = setting(MAX_STEPS, "optimiser steps", 1, MAX_STEPS)
     batch_size: int = setting(256, "pictures per step", 1, 10_000)
     max_lr: float = setting(2e-3, "peak learning rate", 1e-8, 10.0)
@@ -579,19 +593,18 @@ class Settings:
     label_drop: float = setting(0.1, "share of labels dropped; 0: no guidance", 0.0, 0.9)
     schedule: str = setting("cosine", "noise schedule", *SCHEDULES)
 
-    # Not the paper's: training sees somewhat cleaner pictures than the schedule says, by
-    # this much; validation and sampling don't. The loss falls on nearly clean pictures and
-    # hardly rises on the noisiest, and samples come nearer to real pictures.
+    # Not the paper's: training adds this to the log-SNR, so it sees cleaner pictures than the
+    # schedule says; validation and sampling don't. Samples come nearer to real pictures.
     log_snr_shift: float = setting(1.0, "added to log-SNR in training", -10.0, 10.0)
 
     # The network. `modulate` is not the paper's; without it width 56 fits into the budget.
     width: int = setting(48, "channels at 32x32, a multiple of 8", 8, 512)
-    after_injection: str = setting("regular", "convolution", "regular", "separable")
+    after_injection: str = setting("regular", "convolution there", "regular", "separable")
     modulate: str = setting("on", "scale and shift in all blocks", "on", "off")
     recipe: str = setting("ours", "paper: its design and sampling", "ours", "paper")
 
     # How it is sampled. The paper samples with DDPM's noise (eta = 1), w = 3 and dynamic
-    # clipping; these four together come nearer to the real pictures.
+    # clipping. Our steps, eta, w and clipping together come nearer to the real pictures.
     sample_schedule: str = setting("", "of sampling; empty: as training", "", *SCHEDULES)
     sample_steps: int = setting(50, "denoising steps per sample", 1, 10_000)
     eta: float = setting(0.6, "fresh noise per step; 1: DDPM, 0: DDIM", 0.0, 1.0)
@@ -600,7 +613,7 @@ class Settings:
 
     # What is sampled
     classes: str = setting("", "names of classes, by commas; empty: all, mixed")
-    count: int = setting(0, "samples; 0: 64, and 10,000 for fid", 0, 1_000_000)
+    count: int = setting(0, "of sample, neighbours, fid; 0: 64, for fid 10,000", 0, 1_000_000)
     sample_seed: int = setting(0, "decides the noise of samples", 0, 2**31)
     inception: str = setting("", "file of the FID network; empty: torch hub's folder")
 
@@ -608,7 +621,7 @@ class Settings:
         for field in dataclasses.fields(self):
             check_value(field, getattr(self, field.name))
         if self.width % 8 != 0:
-            raise UserError(f"--width {self.width} is not a multiple of 8")
+            raise UserError("--width is not a multiple of 8")
 
 
 # --------------------------------------------------------------------------------------
@@ -617,8 +630,8 @@ class Settings:
 
 
 def train(settings):
-    """Train [2.2], or go on with a run that was stopped, then sample; returns the validation
-    loss.
+    """Train [2.2], or go on with a run that was stopped, then draw samples, interpolations and
+    neighbours; returns the validation loss.
 
     Writes into settings.out. Raises UserError or OSError for settings, data, a folder or
     a checkpoint that can't be used, and if the loss is no longer finite; AssertionError if a
@@ -629,12 +642,12 @@ def train(settings):
     device = set_up(settings)
     out = make_folder(settings)
     train_x, train_y, test_x, test_y, names = load_data(settings.data, device)
-    pictures = len(train_y)
-    batches = pictures // settings.batch_size  # per epoch; a last incomplete one is dropped
+    batches = len(train_y) // settings.batch_size  # per epoch; a last incomplete one is dropped
     if batches == 0:
         raise UserError("--batch-size is above the number of training pictures")
 
-    # The network, and the average of its weights, which is what validates and samples.
+    # The network, and one with the average of its weights, which is what is validated and
+    # sampled from.
     net = build_network(settings, len(names)).to(device)
     ema_net = copy.deepcopy(net).eval().requires_grad_(False)
     compile_network(net, settings.compile)
@@ -650,10 +663,10 @@ def train(settings):
     fp16 = choose_precision(device, settings.precision) == torch.float16
     scaler = torch.amp.GradScaler(device.type, enabled=fp16)
 
-    # The times t of all steps, of low discrepancy [2.2]: a Sobol sequence, of which each
-    # draw falls into a gap that the earlier ones left. So a batch covers [0,1] evenly and
-    # the loss estimate varies less [2.3, 19]. In a batch of 2^n, row i gets its t from nearly
-    # the same part of [0,1] each time, so the pictures must come in random order.
+    # The times t of all steps, of low discrepancy [2.2]: a Sobol sequence puts each number into
+    # the largest gaps left so far. So every batch covers [0,1] evenly, and the loss estimate
+    # varies less [2.3, 19]. (Row i of a batch of 256 always gets a t from the same 1/128 of
+    # [0,1]. As the pictures come in random order, no picture always has the same t.)
     sobol = torch.quasirandom.SobolEngine(1, scramble=True, seed=settings.seed)
     times = sobol.draw(settings.steps * settings.batch_size)
     times = times.view(settings.steps, -1).to(device)
@@ -661,12 +674,12 @@ def train(settings):
 
     # A run that was stopped goes on.
     path = out / "checkpoint.pt"
-    seen = modified(path)
+    written = modified(path)
     made = describe(settings, names)
     parts = dict(net=net, ema=ema_net, optimiser=optimiser, scaler=scaler)
     first = 0
     rows = []  # of the log
-    if seen and not settings.restart:
+    if written and not settings.restart:
         first, rows = resume(path, made, parts)
     step = first
 
@@ -674,7 +687,7 @@ def train(settings):
     count = count_parameters(net)
     stages = {name: count_parameters(stage) for name, stage in net.named_children()}
     print(f"{count:,} parameters: {stages}")
-    assert count < MAX_PARAMETERS, f"{count} parameters are too many"
+    assert count < MAX_PARAMETERS, "too many parameters"
 
     losses = []  # since the last row of the log
     clock = time.perf_counter()
@@ -687,8 +700,8 @@ def train(settings):
             # An epoch is one random order of the training pictures.
             epoch, batch = divmod(step, batches)
             if batch == 0 or step == first:
-                random = seeded_generator(device, settings.seed, 0, epoch)
-                order = torch.randperm(pictures, generator=random, device=device)
+                random = seeded_generator(device, settings.seed, 0, epoch)  # 0 is for orders
+                order = torch.randperm(len(train_y), generator=random, device=device)
 
             # Choose pictures, the next ones in order, and times.
             start = batch * settings.batch_size
@@ -699,12 +712,12 @@ def train(settings):
 
             # Mirror half of them (our choice). Drop some labels: the network learns "no class"
             # too, which guidance needs [12].
-            random = seeded_generator(device, settings.seed, 1, step)
+            random = seeded_generator(device, settings.seed, 1, step)  # 1 is for steps
             flip, drop = torch.rand(2, len(y), generator=random, device=device)
             x = torch.where(flip[:, None, None, None] < 0.5, x.flip(-1), x)
             labels = y.masked_fill(drop < settings.label_drop, net.no_class)
 
-            # Noise each picture to the level of its own t, or, which is ours, a little less:
+            # Noise each picture to the level of its own t, made a little cleaner by the shift:
             # Eq. (2). The target is v: Eq. (1).
             noise = torch.randn(x.shape, generator=random, device=device)
             log_snr = schedule(t) + settings.log_snr_shift  # (B,)
@@ -712,14 +725,14 @@ def train(settings):
             x_t = add_noise(x, noise, alpha, sigma)
             v = velocity(x, noise, alpha, sigma)
 
-            # Forward, in bf16 on a GPU that has it.
+            # Forward, in bf16 or fp16 on a GPU.
             with autocast(device, settings.precision):
                 pred_v = net(x_t, log_snr, labels)
 
             # Loss, in fp32: Eq. (3), as a mean over pictures and pixels.
             loss = (v - pred_v).square().mean()
 
-            # The gradient; all of it is scaled down if its norm is above 1 (our choice).
+            # The gradient, clipped to norm 1 (our choice). (The scaler's lines count in fp16.)
             optimiser.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimiser)
@@ -734,8 +747,8 @@ def train(settings):
             update_ema(ema_net, net, settings.ema, step)
             step += 1
 
-            # That was the algorithm; it reads no number back from a GPU. Reading one waits
-            # for all that was launched, so the rest happens only now and then.
+            # That was the algorithm. It never copies a number from a GPU: a copy would wait
+            # until the GPU has done all its work. So the rest happens only now and then.
             losses.append(loss.detach())
             stopping = len(stop) > 0
             validating = step % settings.eval_every == 0 or step == settings.steps
@@ -747,7 +760,7 @@ def train(settings):
                 show_row(row)
                 rows.append(row)
                 if validating or stopping:
-                    seen = save_checkpoint(path, seen, made, parts, rows)
+                    written = save_checkpoint(path, written, made, parts, rows)
                     save_log(out, rows)
                 if validating:
                     save_weights(out / "weights.pt", made, ema_net, row["val_loss"])
@@ -774,12 +787,13 @@ def train(settings):
 
 @torch.no_grad()
 def validate(net, x, y, schedule=cosine_schedule, precision="auto"):
-    """Eq. (3) on at most 1,024 test pictures, x uint8 (N,3,32,32), y (N,), number i with fixed
-    noise at t = (i + 1/2)/1,024: dict of its mean, val_loss, and of its means in five bins of
-    t of nearly equal size, clean to noisy, bin0 to bin4.
+    """Eq. (3) on n pictures, at most 1,024 of x uint8 (N,3,32,32), y (N,), with fixed noise,
+    number i at t = (i + 1/2)/n. Returns a dict: val_loss, the mean, and bin0 to bin4, the means
+    of five nearly equal parts, from clean to noisy.
 
     All its seeds are fixed, so two networks, or two moments of one, compare picture by
-    picture. Settings that were chosen by it look a little too good on these pictures.
+    picture, on the same data and schedule. Settings that were chosen by it look a little too
+    good on these pictures.
     """
     chosen = np.random.RandomState(0).permutation(len(y))[:1024]
     picture = to_model(x[chosen])
@@ -809,16 +823,17 @@ def validate(net, x, y, schedule=cosine_schedule, precision="auto"):
 def guide(v_cond, v_uncond, w):
     """Classifier-free guidance, Eq. (4) [12]: (1 + w) v_cond - w v_uncond.
 
-    v_cond - v_uncond is what the class changes in the guess. With w = 0 it counts as
-    learned; with w > 0 more than that, so that pictures are clearer and less varied; with
-    w = -1 not at all. Others call 1 + w the guidance scale: their 4 is the paper's w = 3.
+    v_cond - v_uncond is what the class changes in the guess: it points to pictures that the
+    class explains better. w = 0 uses v_cond alone; w > 0 exaggerates the class, so that pictures
+    are clearer and less varied; w = -1 ignores the class. Others call 1 + w the guidance scale:
+    their 4 is the paper's w = 3.
     """
     return (1 + w) * v_cond - w * v_uncond
 
 
 def guided_velocity(net, labels, w):
-    """The function (x_t, log_snr) -> v that a sampler calls, log_snr a number: `net` with
-    guidance w.
+    """The function (x_t, log_snr) -> v that a sampler calls, log_snr one number for the whole
+    batch: `net` with guidance w.
 
     labels as UNet takes them, (B,) or (B,E). Both halves of Eq. (4) go through the network
     as one batch of 2B.
@@ -857,9 +872,10 @@ def ddim_sample(model, x_t, log_snrs, eta=0.6, clip="none", draw_noise=torch.ran
     """Pictures from noise, by DDIM, DDPM and what lies between [2.3, 11, 35]: x_t (B,3,H,W)
     at log_snrs[0] -> the last guessed picture.
 
-    model(x_t, log_snr) gives v, log_snr a number; log_snrs (S,), on the CPU, rises, and the
-    model is called once for each. eta scales the fresh noise: 1 adds what DDPM adds, 0 (DDIM)
-    adds none. draw_noise(x_t) gives noise in its shape.
+    model(x_t, log_snr) gives v, log_snr a number; log_snrs (S,), on the CPU, go from noisy to
+    clean, and the model is called once for each. eta scales the fresh noise: 1 adds what DDPM
+    adds, which forgives errors of earlier steps; 0 (DDIM) adds none, so that the first noise
+    decides the picture. draw_noise(x_t) gives noise in its shape.
     """
     # All pictures have the same level of noise here, so plain numbers do.
     alphas, sigmas = [scale.flatten().tolist() for scale in to_alpha_sigma(log_snrs)]
@@ -871,22 +887,23 @@ def ddim_sample(model, x_t, log_snrs, eta=0.6, clip="none", draw_noise=torch.ran
         pred_x0, _ = split(x_t, v, alpha, sigma)
         pred_x0 = clip_picture(pred_x0, clip)
 
-        # The last step ends with the picture. A schedule has a little noise left at the end
-        # (sigma = 0.01 on the linear one), which the picture need not have again.
+        # At the last level the guessed picture is the result: no noise is added again.
         if i + 1 == len(log_snrs):
             break
 
-        # And which noise? split returns one as well, but it belongs to the picture before
-        # clipping. Picture and noise must add up to x_t, so it is computed again.
+        # And which noise? It must add up to x_t with the clipped picture. (What split returns
+        # as its second part does so with the picture before clipping.)
         pred_noise = (x_t - alpha * pred_x0) / sigma
 
-        # The next level has noise of variance next_sigma². A part of it is drawn afresh:
-        #     eta² * next_sigma² / sigma² * beta,
-        # and the rest is the noise just found. beta is DDPM's beta_t: what a picture at the
-        # next, cleaner level is scaled by is alpha / next_alpha = sqrt(1 - beta), and the
-        # noise added to it has variance beta. By Bayes' rule, the picture at the next level,
-        # given x_t and pred_x0, then has variance next_sigma² / sigma² * beta. So eta = 1 is
-        # DDPM with the smaller of the two variances that [11] tries (our choice).
+        # The next level has noise of variance next_sigma². A part of it is drawn afresh, and the
+        # rest is the noise just found; the two are independent, so their variances add up.
+        #
+        # How much is fresh, DDPM tells. Noising from the next, cleaner level x_next to this one is
+        #     x_t = sqrt(1 - beta) x_next + sqrt(beta) noise,  sqrt(1 - beta) = alpha / next_alpha
+        # with DDPM's beta_t. So we know two Gaussian things about x_next: from pred_x0 its
+        # variance next_sigma², and from x_t the variance beta / (1 - beta). Together (by Bayes'
+        # rule 1/variance adds up) its variance is next_sigma² / sigma² * beta. This is the
+        # smaller of the two variances that [11] tries (our choice); eta² scales it.
         next_alpha = alphas[i + 1]
         next_sigma = sigmas[i + 1]
         beta = 1 - (alpha / next_alpha) ** 2
@@ -910,7 +927,7 @@ SAMPLE_BATCH = 250  # samples at once
 def generate(net, labels, settings, start=None):
     """One sample for each of labels, class numbers (N,) or embeddings (N,E), as the Settings
     say: uint8 (N,3,32,32) on the CPU. `start` (N,3,32,32) is the first noise, if it is not to
-    be drawn. `net` should be in evaluation mode."""
+    be drawn."""
     # From pure noise, t = 1, on; t = 0 needs no call.
     t = torch.linspace(1, 0, settings.sample_steps + 1)[:-1]  # (steps,)
     log_snrs = SCHEDULES[settings.sample_schedule or settings.schedule](t)
@@ -923,8 +940,8 @@ def generate(net, labels, settings, start=None):
     for batch, some in enumerate(labels.to(device).split(SAMPLE_BATCH)):
         print(f"drawing {len(some)} of {len(labels)} pictures", flush=True)
 
-        # A GPU always draws a whole batch, as what is compiled for it has one shape; the rows
-        # that fill it up are cut off.
+        # On a GPU the compiled network has one batch size, so a short last batch is filled up by
+        # repeating its labels; the extra pictures are cut off at the end.
         rows = len(some) if device.type == "cpu" else SAMPLE_BATCH
         index = torch.arange(rows, device=device) % len(some)
 
@@ -932,7 +949,7 @@ def generate(net, labels, settings, start=None):
         # the same noise however many are asked for.
         random = seeded_generator(device, settings.sample_seed, batch)
 
-        def draw_noise(x=None):
+        def draw_noise(x=None):  # the sampler gives x_t; its shape is known
             noise = torch.randn(SAMPLE_BATCH, 3, 32, 32, generator=random, device=device)
             return noise[:rows]
 
@@ -990,12 +1007,13 @@ def sample_mode(net, names, settings):
 
 
 def slerp(a, b, share):
-    """Spherical interpolation [2.3, 39]: (B,...) and (B,...) at share (B,) of the way, each
-    row flattened whole.
+    """Spherical interpolation [2.3, 39]: (B,...) and (B,...), each row one long vector, at
+    share (B,) in [0,1] of the way from a to b.
 
-    Noise of 3,072 numbers is nearly always of the same length. The middle of a straight line
-    between two would be 0.7 times as long, a noise that the network has never seen. Between
-    nearly parallel or opposite rows, where it would divide by 0, a straight line.
+    Noise of 3,072 numbers is nearly always of the same length, and two of them are nearly at
+    right angles. The middle of a straight line between them would be 0.7 times as long, a noise
+    that the network has never seen. Nearly parallel or opposite rows are joined by a straight
+    line, as the formula would divide by 0.
     """
     flat_a = a.flatten(1)
     flat_b = b.flatten(1)
@@ -1015,16 +1033,17 @@ def interpolate(net, ends, labels, settings, count=10):
     of P pairs -> uint8 (P*count,3,32,32), pair after pair, ends included.
 
     Noise and class embedding both go along the sphere, and eta = 0 makes the rest
-    deterministic: so the outer pictures are those that the ends' own noise and class give.
+    deterministic: so the first and the last picture of a row are what the two ends give by
+    themselves.
     """
     share = torch.linspace(0, 1, count).repeat(ends.shape[1])  # (P*count,)
-    classes = net.embed_class.weight.cpu()[labels]  # (2,P,E)
+    embeddings = net.embed_class.weight.cpu()[labels]  # (2,P,E)
 
-    # The left and the right end for each picture: each (2,P*count,...).
-    ends = ends.repeat_interleave(count, dim=1)
-    classes = classes.repeat_interleave(count, dim=1)
+    # The left and the right end for each picture.
+    ends = ends.repeat_interleave(count, dim=1)  # (2,P*count,3,32,32)
+    embeddings = embeddings.repeat_interleave(count, dim=1)  # (2,P*count,E)
     settings = dataclasses.replace(settings, eta=0.0)
-    return generate(net, slerp(*classes, share), settings, start=slerp(*ends, share))
+    return generate(net, slerp(*embeddings, share), settings, start=slerp(*ends, share))
 
 
 def interpolate_mode(net, names, settings, pairs=8):
@@ -1176,8 +1195,8 @@ def fid_mode(net, names, settings):
 
 
 def new_row(step, settings, losses, rate, clock):
-    """A row of the log after `step` updates: the mean of the losses (list of 0-d tensors) and
-    the speed since the last row, which was when time.perf_counter() gave `clock`."""
+    """A row of the log after `step` updates: the mean of the losses since the last row (list of
+    0-d tensors), and the speed. `clock` is time.perf_counter() at the last row."""
     loss = torch.stack(losses).mean().item()  # a GPU has done all its work when this is here
     seconds = time.perf_counter() - clock
     per_step = seconds / len(losses)
@@ -1309,7 +1328,6 @@ LEARNING = (
 SAMPLING = "sample_schedule sample_steps eta guidance clip_x0".split()
 
 
-
 def describe(settings, names):
     """What a file says of the run that made it: the settings that count, the class names."""
     made = {name: getattr(settings, name) for name in LEARNING + SAMPLING}
@@ -1325,13 +1343,14 @@ def check_same(made, asked):
             )
 
 
-def save_checkpoint(path, seen, made, parts, rows):
+def save_checkpoint(path, written, made, parts, rows):
     """Write all that a run needs to go on: the states of its `parts` and the log, whose last
     row tells the step. Order of pictures, times and noise follow from that and the seed.
 
-    Returns when it was written. Raises UserError if another run has written it since `seen`.
+    `written` is when this run last wrote or found it; returns when it did now. Raises UserError
+    if another run has written it since.
     """
-    if modified(path) != seen:
+    if modified(path) != written:
         raise UserError(f"another run writes to {path}: give this one another --out")
     states = {name: part.state_dict() for name, part in parts.items()}
     save_whole(dict(states, made=made, rows=rows), path)
@@ -1385,7 +1404,7 @@ def open_network(**given):
     """(averaged network in evaluation mode, class names, Settings): from the file that
     `weights` names, or from what training wrote into `out`.
 
-    What is not `given` is as it was in training, but for what to draw and where to compute.
+    Of what is not `given`, LEARNING and SAMPLING come from the file, the rest are defaults.
     recipe="paper" samples as the paper does. Needs no data set. Raises UserError if there is
     no such file or it can't be used.
     """
@@ -1448,7 +1467,7 @@ def choose_precision(device, name="auto"):
 
 def autocast(device, precision="auto"):
     """A context in which matrix products and convolutions are computed in the dtype that
-    choose_precision gives. Weights stay fp32."""
+    choose_precision gives. What lies between them keeps its input's; weights stay fp32."""
     dtype = choose_precision(device, precision)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
@@ -1576,8 +1595,9 @@ PAPER = dict(modulate="off", width=56, log_snr_shift=0.0, **PAPER_SAMPLING)
 
 
 def choose_settings(**given):
-    """Settings from those `given`. For the rest, in this order: the defaults
-    for data="shapes", what recipe="paper" sets, the defaults. Raises UserError as Settings does."""
+    """Settings from those `given`. For the rest the first of these that has a value: the
+    defaults for data="shapes", what recipe="paper" sets, the defaults. Raises UserError as
+    Settings does."""
     paper = PAPER if given.get("recipe") == "paper" else {}
     shapes = SHAPES if given.get("data") == "shapes" else {}
     return Settings(**{**paper, **shapes, **given})
@@ -1586,7 +1606,7 @@ def choose_settings(**given):
 def check_value(field, value):
     """Raises UserError if a field of Settings may not have this value."""
     allowed = field.metadata["allowed"]
-    fits = isinstance(value, (int, field.type))
+    fits = isinstance(value, (int, float) if field.type is float else field.type)
     if fits and allowed:
         low, *_, high = allowed
         fits = value in allowed if field.type is str else low <= value <= high
@@ -1611,8 +1631,8 @@ def parse(argv):
         kind = dict(type=field.type)
         if field.type is bool:
             kind = dict(action="store_true")
-        text = f"{field.metadata['help']}; default {field.default!r}"
-        parser.add_argument(flag, help=text, **kind)
+        help = f"{field.metadata['help']}; default {field.default!r}"
+        parser.add_argument(flag, help=help, **kind)
     given = vars(parser.parse_args(argv))
     return given.pop("mode"), given
 
