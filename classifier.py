@@ -732,8 +732,6 @@ def train(settings):
     checkpoint that can't be used, and if the loss is no longer finite; AssertionError if a
     budget is exceeded; KeyboardInterrupt after Ctrl-C or SIGTERM, when all is saved.
     """
-    if settings.weights:
-        raise UserError("training takes no --weights: it begins anew, or goes on with its own run")
     device = set_up(settings)
     out = make_folder(settings)
     data = load_data(settings.data, settings.holdout, device)
@@ -1476,10 +1474,11 @@ def run(argv):
         raise UserError(f"no mode {mode}, only train, eval, predict FILE..., lr-find")
     if (mode == "predict") != bool(files):
         raise UserError("predict, and no other mode, wants picture files after it")
-    if mode == "train":
-        return train(choose_settings(**given))
-    if mode == "lr-find":
-        return lr_find_mode(choose_settings(**given))
+    if mode in ("train", "lr-find"):
+        settings = choose_settings(**given)
+        if settings.weights:
+            raise UserError("training begins anew or goes on with its own run: no --weights here")
+        return train(settings) if mode == "train" else lr_find_mode(settings)
     opened = open_network(**given)
     return eval_mode(*opened) if mode == "eval" else predict_mode(*opened, files)
 

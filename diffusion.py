@@ -637,8 +637,6 @@ def train(settings):
     a checkpoint that can't be used, and if the loss is no longer finite; AssertionError if a
     budget is exceeded; KeyboardInterrupt after Ctrl-C or SIGTERM, when all is saved.
     """
-    if settings.weights:
-        raise UserError("training takes no --weights: it begins anew, or goes on with its own run")
     device = set_up(settings)
     out = make_folder(settings)
     train_x, train_y, test_x, test_y, names = load_data(settings.data, device)
@@ -1641,10 +1639,11 @@ def run(argv):
     """What `python diffusion.py ARGV` does; returns the mode's result. Raises what the mode
     raises."""
     mode, given = parse(argv)
-    if mode == "train":
-        return train(choose_settings(**given))
-    if mode == "schedules":
-        return schedules_mode(choose_settings(**given))
+    if mode in ("train", "schedules"):
+        settings = choose_settings(**given)
+        if settings.weights:
+            raise UserError("training begins anew or goes on with its own run: no --weights here")
+        return train(settings) if mode == "train" else schedules_mode(settings)
 
     # The others draw with a network that training, or somebody, has left.
     modes = dict(
