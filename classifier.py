@@ -72,7 +72,6 @@ import contextlib
 import csv
 import dataclasses
 import itertools
-import logging
 import math
 import os
 import re
@@ -321,7 +320,7 @@ class Classifier(nn.Module):
 
         # Every place of the 8x8 becomes a token.
         x = x.flatten(2).transpose(1, 2)  # (B,64,D)
-        x = x + self.positions.to(x.dtype)  # or bf16 would turn fp32 here
+        x = x + self.positions  # in fp32 from here on, where bf16 is on
 
         for i in range(self.layers):
             # Tied weights: there is one layer, number 0, each time.
@@ -1339,21 +1338,17 @@ def make_folder(settings):
 
 def compile_network(net, how):
     """torch.compile `net` in place, so that its weights keep their names, if `how` (on, off,
-    or auto: on CUDA) asks for it. It is compiled at its first call, which takes a minute;
-    where that fails, one line says so, and it runs uncompiled."""
+    or auto: on CUDA) asks for it: at its first call, which takes a minute. Where no compiler
+    works, one line says so, and the network runs uncompiled."""
     device = next(net.parameters()).device
     if how == "off" or (how == "auto" and device.type != "cuda"):
         return
-    torch._dynamo.config.suppress_errors = True
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(say_uncompiled)
+    try:
+        torch.compile(nn.SiLU())(torch.ones(8, device=device))
+    except Exception as error:
+        print(f"going on without torch.compile: {error!r:.150}")
+        return
     net.compile(dynamic=False)
-
-
-def say_uncompiled(record):
-    """A filter of the compiler's log, which reports a failure at great length."""
-    reason = record.getMessage().strip().splitlines()[-1]
-    print(f"going on without torch.compile: {reason}", flush=True)
-    return False
 
 
 # --------------------------------------------------------------------------------------

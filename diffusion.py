@@ -85,7 +85,6 @@ import dataclasses
 import difflib
 import hashlib
 import itertools
-import logging
 import math
 import os
 import re
@@ -1498,26 +1497,22 @@ def make_folder(settings):
 
 def compile_network(net, how):
     """torch.compile `net` in place, so that its weights keep their names, if `how` (on, off,
-    or auto: on CUDA) asks for it. It is compiled at its first call, which takes a minute;
-    where that fails, one line says so, and it runs uncompiled."""
+    or auto: on CUDA) asks for it: at its first call, which takes a minute. Where no compiler
+    works, one line says so, and the network runs uncompiled."""
     device = next(net.parameters()).device
     if how == "off" or (how == "auto" and device.type != "cuda"):
         return
-    torch._dynamo.config.suppress_errors = True
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(say_uncompiled)
+    try:
+        torch.compile(nn.SiLU())(torch.ones(8, device=device))
+    except Exception as error:
+        print(f"going on without torch.compile: {error!r:.150}")
+        return
 
     # A step launches some 900 kernels, most of which are over before the next one is
     # launched. So on CUDA the launches of a call are recorded once, as a CUDA graph, and then
     # played back as a whole. What a call returns is overwritten by the next call; training,
     # validation and sampler have computed new tensors from it by then.
     net.compile(mode="reduce-overhead", dynamic=False)
-
-
-def say_uncompiled(record):
-    """A filter of the compiler's log, which reports a failure at great length."""
-    reason = record.getMessage().strip().splitlines()[-1]
-    print(f"going on without torch.compile: {reason}", flush=True)
-    return False
 
 
 # --------------------------------------------------------------------------------------
