@@ -944,7 +944,7 @@ def generate(net, labels, settings, start=None):
 
         # One generator per batch, and noise for a whole batch each time: so sample number i gets
         # the same noise however many are asked for.
-        random = seeded_generator(device, settings.sample_seed, batch)
+        random = seeded_generator(device, settings.sample_seed, 2, batch)  # 2 is for samples
 
         def draw_noise(x=None):  # the sampler gives x_t; its shape is known
             noise = torch.randn(SAMPLE_BATCH, 3, 32, 32, generator=random, device=device)
