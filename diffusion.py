@@ -1305,9 +1305,12 @@ def save_whole(state, path):
     """torch.save, first beside `path`, under a name of its own, then renamed: so it is always
     a whole file, the old or the new one. Raises UserError."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with using(path, "to save"):
-        torch.save(state, beside)
-        os.replace(beside, path)
+    try:
+        with using(path, "to save"):
+            torch.save(state, beside)
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def modified(path):
