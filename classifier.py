@@ -1062,8 +1062,8 @@ def show_row(row):
 def save_log(out, rows):
     """log.csv, and curve.png, the paper's Figure 2, whole each time. Where they can't be
     written (a spreadsheet may hold the table), one line says so, and training goes on."""
-    validated = [row for row in rows if "val_acc" in row]
     try:
+        validated = [row for row in rows if "val_acc" in row]
         with open(out / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, max(rows, key=len))
             writer.writeheader()
@@ -1200,11 +1200,12 @@ def resume(path, made, parts):
         # AdamW's fused kernel would write past averages that are too small.
         for optimiser in (parts["large"], parts["small"]):
             optimiser.param_groups[0].update(optimiser.defaults)
-            weights = optimiser.param_groups[0]["params"]
-            for p, averages in zip(weights, optimiser.state.values(), strict=True):
-                for name, value in averages.items():
-                    if name != "step" and value.shape != p.shape:
-                        raise ValueError("the optimiser's state does not fit")
+            count = 2 if "betas" in optimiser.defaults else 1  # Muon has one
+            for p in optimiser.param_groups[0]["params"]:
+                averages = optimiser.state[p].items()
+                shapes = [value.shape for name, value in averages if name != "step"]
+                if shapes != [p.shape] * count:
+                    raise ValueError("the optimiser's state does not fit")
 
         print(f"going on from {path}, which ends with")
         rows = list(state["rows"])

@@ -1220,8 +1220,8 @@ def show_row(row):
 def save_log(out, rows):
     """log.csv, and loss.png of the validated rows, whole each time. Where they can't be
     written (a spreadsheet may hold the table), one line says so, and training goes on."""
-    validated = [row for row in rows if "val_loss" in row]
     try:
+        validated = [row for row in rows if "val_loss" in row]
         with open(out / "log.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, max(rows, key=len))
             writer.writeheader()
@@ -1371,10 +1371,11 @@ def resume(path, made, parts):
         # Adam's fused kernel would write past averages that are too small.
         optimiser = parts["optimiser"]
         optimiser.param_groups[0].update(optimiser.defaults)
-        for p, averages in zip(parts["net"].parameters(), optimiser.state.values(), strict=True):
-            for name, value in averages.items():
-                if name != "step" and value.shape != p.shape:
-                    raise ValueError("the optimiser's state does not fit")
+        for p in optimiser.param_groups[0]["params"]:
+            averages = optimiser.state[p].items()
+            shapes = [value.shape for name, value in averages if name != "step"]
+            if shapes != [p.shape, p.shape]:
+                raise ValueError("the optimiser's state does not fit")
 
         print(f"going on from {path}, which ends with")
         rows = list(state["rows"])
