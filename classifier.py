@@ -1265,7 +1265,7 @@ def open_network(**given):
         net = build_network(settings, len(names)).to(device)
         net.load_state_dict(state["net"])
         statistics = state["statistics"].view(2, 1, 3, 1, 1).to(device)
-    return net.eval(), names, statistics, settings
+    return net.eval().requires_grad_(False), names, statistics, settings
 
 
 # --------------------------------------------------------------------------------------
