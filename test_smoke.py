@@ -843,6 +843,18 @@ def test_damaged_checkpoint_is_refused_and_kept():
             assert path.read_bytes() == content
 
 
+def test_failed_save_keeps_the_old_file_and_leaves_nothing_else():
+    """As when a disk is full."""
+    for module in MODULES:
+        path = new_folder() / "checkpoint.pt"
+        module.save_whole(dict(step=1), path)
+        with mock.patch.object(module.os, "replace", side_effect=OSError("full")):
+            with raises(module.UserError, "full"):
+                module.save_whole(dict(step=2), path)
+        assert list(path.parent.iterdir()) == [path]
+        assert load(path) == dict(step=1)
+
+
 def test_weights_with_code_or_no_end_are_refused():
     path = new_folder() / "weights.pt"
     torch.save(dict(made=print), path)
