@@ -1375,6 +1375,17 @@ def test_readme_commands_are_valid():
                     module.run(shlex.split(rest, comments=True))
 
 
+def test_readme_notebook_lines_run():
+    """One block after another; only drawing takes too long here."""
+    text = (HERE / "README.md").read_text().replace('".', f'"{HERE}/.')
+    lines = "".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+    grids = mock.Mock()
+    with quiet() as printed, mock.patch.multiple(diffusion, generate=blank, save_grid=grids):
+        exec(lines, {})
+    assert [len(call.args[1]) for call in grids.call_args_list] == [32, 10]
+    assert "apple tensor(0." in printed.getvalue()
+
+
 def test_readme_names_what_there_is():
     """Its links lead to files and to sections of the scripts, its flags are those of one."""
     text = (HERE / "README.md").read_text()
