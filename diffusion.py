@@ -562,8 +562,8 @@ class Settings:
     Raises UserError for a value that its field does not allow.
 
     The paper does not name the optimiser, mirroring, clipping of the gradient or the course of
-    the learning rate: those are our choice, as is every number that it does not give. What
-    decided a number is in .github/experiments.md. `recipe` and data="shapes" change the
+    the learning rate: those are our choice, as is every number that it does not give. Where
+    runs decided one, they are in .github/experiments.md. `recipe` and data="shapes" change the
     defaults of other fields: see choose_settings, which alone does that. Those of sampling are
     explained in section 8.
     """
