@@ -872,8 +872,10 @@ def predict_logits(net, x, statistics, precision="auto", tta=False):
     """
     views = six_views(x) if tta else [x]
     with autocast(x.device, precision):
-        logits = [net(normalise(view, statistics)).float() for view in views]
-    return torch.stack(logits).mean(dim=0)
+        # The sum is a tensor of its own; what a compiled network returns, its next call may
+        # overwrite.
+        logits = sum(net(normalise(view, statistics)).float() for view in views)
+    return logits / len(views)
 
 
 @torch.no_grad()
@@ -1352,7 +1354,12 @@ def compile_network(net, how):
     except Exception as error:
         print(f"going on without torch.compile: {error!r:.150}")
         return
-    net.compile(dynamic=False)
+
+    # A step launches hundreds of kernels, most of which are over before the next one is
+    # launched. So on CUDA the launches of a call are recorded once, as a CUDA graph, and then
+    # played back as a whole. What a call returns is overwritten by the next call; by then
+    # the loss, or the sum over views, has been computed from it.
+    net.compile(mode="reduce-overhead", dynamic=False)
 
 
 # --------------------------------------------------------------------------------------

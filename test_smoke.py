@@ -891,10 +891,13 @@ def test_loss_that_is_not_finite_stops_and_saves_nothing():
 
 
 class FirstPixel(nn.Module):
-    """A classifier of three classes, whose logits are the first pixel's colours."""
+    """Its logits are the colours of a picture's first pixel. As a CUDA graph does, each call
+    overwrites what the last one returned."""
+
+    answer = torch.empty(250, 3)
 
     def forward(self, x):
-        return x[:, :, 0, 0]
+        return self.answer[: len(x)].copy_(x[:, :, 0, 0])
 
 
 def test_evaluation_by_formula():
@@ -911,7 +914,8 @@ def test_evaluation_by_formula():
     # A network is measured in evaluation mode.
     net = classifier.Classifier(100, 8)
     loss, _, _ = classifier.evaluate(net, x[:250], y[:250], ones)
-    logits = net.eval()(classifier.normalise(x[:250], ones))
+    with torch.no_grad():
+        logits = net.eval()(classifier.normalise(x[:250], ones))
     assert math.isclose(loss, F.cross_entropy(logits, y[:250]), rel_tol=1e-5)
 
 
