@@ -661,8 +661,8 @@ class Settings:
 
     The paper's optimal values are "in the provided implementation" [1.2.2], which is not
     public. So all numbers but layers, batch and the limit of steps are our choice. Where runs
-    decided one, they are in .github/experiments.md. `recipe` and data="shapes" change the defaults of other
-    fields: see choose_settings, which alone does that.
+    decided one, they are in .github/experiments.md. `recipe` and data="shapes" change the
+    defaults of other fields: see choose_settings, which alone does that.
     """
 
     # Where pictures come from and results go to
