@@ -668,7 +668,7 @@ class Settings:
     # Where pictures come from and results go to
     data: str = setting("data", "folder of the data set, downloaded if none; or: shapes")
     out: str = setting(f"runs/classifier-{DATASET.__name__.lower()}", "folder to write to")
-    holdout: int = setting(0, "training pictures to validate on; 0: the test set", 0, 5000)
+    holdout: int = setting(0, "training pictures to validate on; 0: the test set", 0, 49_000)
     weights: str = setting("", "file of weights to use; empty: weights.pt of the run")
     restart: bool = setting(False, "begin anew, over the run in the folder")
 
@@ -734,10 +734,10 @@ def train(settings):
     out = make_folder(settings)
     data = load_data(settings.data, settings.holdout, device)
     train_x, train_y, val_x, val_y, names = data
-    statistics = channel_statistics(train_x)
     batches = len(train_y) // settings.batch_size  # per epoch; a last incomplete one is dropped
     if batches == 0:
         raise UserError("--batch-size is above the number of training pictures")
+    statistics = channel_statistics(train_x)
 
     net = build_network(settings, len(names)).to(device)
     compile_network(net, settings.compile)
