@@ -448,9 +448,14 @@ def apply_operation(x, name, magnitude, sign):
 
 
 def crop_and_flip(x, top, left, flip):
-    """Pictures uint8 (B,3,32,32) with four black pixels around them, cut back to their size
-    from (top, left) on, 0 to 8, and mirrored if `flip`."""
-    x = F.pad(x, (4, 4, 4, 4))[:, :, top : top + 32, left : left + 32]
+    """Pictures uint8 (B,3,32,32), continued by four pixels on each side, cut back to their size
+    from (top, left) on, 0 to 8, and mirrored if `flip`.
+
+    They are continued by their own mirror image. Black borders would add edges that no test
+    picture has, and the variance that BatchNorm measures would be partly theirs.
+    """
+    x = transform.pad(x, [4], padding_mode="reflect")
+    x = x[:, :, top : top + 32, left : left + 32]
     return x.flip(-1) if flip else x
 
 
@@ -472,9 +477,9 @@ def augment(x, random, operations=2, magnitude=6):
     is changed.
 
     `operations` times RandAugment [1.2.2, 5]: one of fourteen operations, in one of two
-    directions, at `magnitude`, 0 to 30. Then, our choice, a shift by up to four pixels with
-    black coming in, and a random half mirrored. All randomness comes from `random`, a generator
-    on the CPU, so a seed means the same on every device.
+    directions, at `magnitude`, 0 to 30. Then, our choice, a shift by up to four pixels, and
+    a random half mirrored. All randomness comes from `random`, a generator on the CPU, so a
+    seed means the same on every device.
     """
     # Two parts per kind, as a CPU is faster with smaller ones.
     kinds = 2 * list(itertools.product(OPERATIONS, [magnitude], (1, -1)))
@@ -852,9 +857,9 @@ def train(settings):
 
 def six_views(x):
     """A list of six versions of pictures x, each (B,3,32,32) again: as they are, shifted by
-    one pixel down and right, shifted by one up and left, with black coming in as in training;
-    and the mirror image of each of these."""
-    padded = F.pad(x, (1, 1, 1, 1))
+    one pixel down and right, shifted by one up and left, continued as in training; and the
+    mirror image of each of these."""
+    padded = transform.pad(x, [1], padding_mode="reflect")
     views = []
     for start in (1, 0, 2):
         shifted = padded[:, :, start : start + 32, start : start + 32]
