@@ -15,7 +15,8 @@ it stopped, and --restart begins anew. The modes eval and predict read that run'
 --weights FILE.
 
 Result of the first command, in five minutes on an H200: 69.12 % of the test pictures right, and
-70.67 % from six views of each, shifted and mirrored. README.md has its log and curve.
+70.67 % from six views of each, shifted and mirrored. Crops were still black outside the picture
+then. README.md has its log, .github/experiments.md what was tried.
 
 The paper's network [1.2.1], as `--recipe paper` builds it: 98,804 parameters at our widths
 (D = 80); the paper's has 99,546. We could not see its Figure 1.
