@@ -132,6 +132,15 @@ def regular_conv(c_in, c_out):
     return nn.Conv2d(c_in, c_out, 3, padding=1)
 
 
+def zeroed(layer):
+    """The layer, its weights and bias set to zero: at first it gives zeros for any input. As the
+    last layer of what is added to x, it makes the sum start as x itself, and a deep network
+    start as a shallow one (our choice)."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def sinusoidal_embedding(log_snr, width=64):
     """Sines and cosines of the noise level [42]: (B,) -> (B,width).
 
@@ -152,7 +161,7 @@ class ResidualBlock(nn.Module):
 
     GroupNorm takes its statistics from one picture; BatchNorm's would mix pictures of different
     noise levels. This form of block, SiLU, and 8 groups, so that C is a multiple of 8, are our
-    choice.
+    choice. It starts as the identity, as the last layer of conv2 is zeroed.
 
     With `e_width`, an embedding (B,e_width) scales and shifts the channels after the second
     norm. That is ours; elsewhere it is known as FiLM or adaptive GroupNorm.
@@ -164,6 +173,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = separable_conv(channels, channels)
         self.norm2 = nn.GroupNorm(8, channels)
         self.conv2 = separable_conv(channels, channels)
+        zeroed(self.conv2[-1])
         self.modulate = nn.Linear(e_width, 2 * channels) if e_width else None
 
     def forward(self, x, embedding=None):
@@ -193,8 +203,8 @@ class Attention(nn.Module):
     """Self-attention among all positions of a picture [2.2, 42]: (B,C,H,W) -> (B,C,H,W).
 
     [2.2] speaks of self-attention, the abstract of transformer layers, which have an MLP too.
-    Attention alone is our choice. So are C / 64 heads, rounded, one group in the norm, and zeros in
-    the last layer, so that it starts as the identity.
+    Attention alone is our choice. So are C / 64 heads, rounded, one group in the norm, and that it
+    starts as the identity.
     No positions are added: convolutions pad with zeros, so the channels already tell where the
     border is.
     """
@@ -204,9 +214,7 @@ class Attention(nn.Module):
         self.heads = max(1, round(channels / 64))
         self.norm = nn.GroupNorm(1, channels)
         self.qkv = nn.Linear(channels, 3 * channels)
-        self.out = nn.Linear(channels, channels)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.out.bias)
+        self.out = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x):
         # Every position is a token.
@@ -297,11 +305,8 @@ class UNet(nn.Module):
         self.join1 = nn.Conv2d(b, a, 1)
         self.up1 = Stage(block(a), block(a))
 
-        # Zeros in the last layer, so that the first guess is v = 0: our choice.
-        last = regular_conv(a, 3)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
-        self.out = nn.Sequential(nn.GroupNorm(8, a), nn.SiLU(), last)
+        # The first guess is v = 0: our choice.
+        self.out = nn.Sequential(nn.GroupNorm(8, a), nn.SiLU(), zeroed(regular_conv(a, 3)))
 
         # In this layout 1x1 convolutions run faster.
         self.to(memory_format=torch.channels_last)

@@ -307,10 +307,13 @@ def test_classifier_by_its_diagram():
 
 
 def test_blocks_of_the_unet_by_formula():
-    """The embedding scales and shifts in a residual block, and is added in an injection."""
+    """The embedding scales and shifts in a residual block, which starts as the identity, and is
+    added in an injection."""
     x = torch.randn(2, 16, 4, 4)
     e = torch.randn(2, 12)
     block = diffusion.ResidualBlock(16, 12)
+    assert torch.equal(block(x, e), x)
+    nn.init.normal_(block.conv2[1].weight)
     scale, shift = block.modulate(e).view(2, 2, 16, 1, 1).unbind(1)
     h = block.conv1(F.silu(F.group_norm(x, 8)))
     h = F.group_norm(h, 8) * (1 + scale) + shift
