@@ -653,13 +653,14 @@ def test_classifier_learns_what_is_said_of_pictures():
 def test_diffusion_learns_what_is_said_of_pictures():
     """Each picture once an epoch, in another order each time, half of them mirrored; some
     labels dropped; times that cover [0,1] evenly; the network is told the level that the
-    picture has, shifted; the target is the velocity."""
+    picture has, scaled and shifted; the target is the velocity."""
     times, noised, calls = [], [], []
     linear = diffusion.linear_schedule
     straight = mock.patch.dict(diffusion.SCHEDULES, linear=lambda t: times.append(t) or linear(t))
     with straight, recorded(diffusion, "add_noise", noised):
         with recorded(diffusion.UNet, "forward", calls):
-            given = dict(schedule="linear", batch_size=64, label_drop=0.3, log_snr_shift=1.5)
+            given = dict(schedule="linear", batch_size=64, label_drop=0.3)
+            given.update(log_snr_scale=0.5, log_snr_shift=1.5)
             _, out = train(diffusion, steps=8, eval_every=8, max_lr=0.1, **given)
     assert sorted((512 * torch.cat(times[:8])).int()) == list(range(512))
 
@@ -671,11 +672,11 @@ def test_diffusion_learns_what_is_said_of_pictures():
         (_, seen, log_snr, told), pred_v = calls[i]
         numbers += [both.index(one) for one in as_bytes(diffusion.to_uint8(picture))]
         labels += told
-        assert_close(log_snr, linear(times[i]) + 1.5)
+        assert_close(log_snr, 0.5 * linear(times[i]) + 1.5)
         assert_close(alpha.flatten(), log_snr.sigmoid().sqrt())
         assert_close(seen, alpha * picture + sigma * noise)
         loss = (alpha * noise - sigma * picture - pred_v).square().mean()
-        assert math.isclose(row["loss"], loss, rel_tol=1e-4)
+        assert math.isclose(row["loss"], loss.item(), rel_tol=1e-4)
         assert not torch.equal(noise, noised[i - 1][0][1]) and abs(noise.std() - 1) < 0.02
 
     order = np.array(numbers) % 240
