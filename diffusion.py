@@ -17,8 +17,8 @@ it stopped, and --restart begins anew. The other modes read that run's weights.p
 --weights FILE.
 
 Result of the first command, in some ten minutes on an H200: a velocity loss of 0.1115 on test
-pictures, where a network that always says zero has 0.645. Blocks did not start as the identity
-then, the rate was 2e-3, and the shift of noise 1. README.md has its log and pictures.
+pictures, where a network that always says zero has 0.645. That run had another rate, other noise
+in training, and blocks that did not start as the identity. README.md has its log and pictures.
 
 Training mixes a picture with noise, and lets the network predict the velocity v, from which
 both the picture and the noise follow. Sampling starts from noise alone; at each step the
