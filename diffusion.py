@@ -599,9 +599,9 @@ class Settings:
     schedule: str = setting("cosine", "noise schedule", *SCHEDULES)
 
     # Not the paper's: training multiplies the log-SNR by the first of these and adds the second,
-    # so it sees fewer pictures that are nearly clean or nearly noise, and on the whole cleaner
-    # ones; validation and sampling don't. Samples come nearer to real pictures. (Sampling begins
-    # at -20, where training ends at -13; at both a picture is at most 0.2 % of x_t.)
+    # so its levels lie closer together, and on the whole are cleaner; validation and sampling
+    # don't. Samples come nearer to real pictures. (Training goes from 17 to -13, and sampling
+    # begins at -20; at -13 too alpha is below 0.002, so x_t is noise.)
     log_snr_scale: float = setting(0.75, "times log-SNR in training", 0.01, 10.0)
     log_snr_shift: float = setting(2.0, "added to that", -10.0, 10.0)
 
@@ -1598,8 +1598,13 @@ SHAPES = dict(
 # What `--recipe paper` sets; a flag of the same command still wins. That it takes 100 steps is
 # our choice: so much fresh noise needs more of them.
 PAPER_SAMPLING = dict(sample_steps=100, eta=1.0, guidance=3.0, clip_x0="dynamic")
-PAPER_TRAINING = dict(modulate="off", width=56, log_snr_scale=1.0, log_snr_shift=0.0)
-PAPER = dict(**PAPER_TRAINING, **PAPER_SAMPLING)
+PAPER = dict(
+    modulate="off",
+    width=56,
+    log_snr_scale=1.0,
+    log_snr_shift=0.0,
+    **PAPER_SAMPLING,
+)
 
 
 def choose_settings(**given):

@@ -219,6 +219,13 @@ def test_parameter_counts_are_those_of_the_readme():
         assert module.count_parameters(net) == sum(p.numel() for p in net.parameters()) == count
 
 
+def test_paper_recipe_trains_and_samples_as_the_paper():
+    """At the levels of the schedule itself; with DDPM's noise, w = 3 and dynamic clipping."""
+    paper = diffusion.choose_settings(recipe="paper")
+    assert (paper.log_snr_scale, paper.log_snr_shift) == (1, 0)
+    assert (paper.eta, paper.guidance, paper.clip_x0) == (1, 3, "dynamic")
+
+
 def test_depthwise_separable_is_filters_then_a_mixture():
     """Two filters for each channel here, and after each half a norm and SiLU."""
     layer = classifier.depthwise_separable(3, 5, filters_per_channel=2).eval()
